@@ -1,0 +1,160 @@
+"""Who a model is: one SHA-256 over what its vectors depend on, whatever its files are called.
+
+The digest is over tensors (name, dtype, shape, bytes), so sharding a model or rewriting a header leaves it as
+it was. While the bytes pass, each number is checked to be finite: a model that has a digest has no NaN.
+A digest is remembered in the user's cache under the size, times and inode of every file it was made from, so
+that a big model is read once; a cache that cannot be read or written only costs the time.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import orjson
+
+from gemb.errors import UnavailableError
+from gemb.model.hub import cache_folder
+from gemb.model.weights import TensorSpec, Weights
+
+_BLOCK_BYTES = 4 << 20  # a multiple of every element size, small enough to stay in the processor's cache
+# Bits of the exponent: all of them set means infinity or NaN.
+_EXPONENTS = {"F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000),
+              "F64": (np.uint64, 0x7FF0000000000000)}  # fmt: skip
+_LAYOUT = "1"  # part of every digest and cache key; raise it when the way of hashing changes
+
+
+def content_digest(weights: Iterable[Weights], others: Iterable[Path], settings: Mapping[str, object]) -> str:
+    """The SHA-256, 64 hex digits, of all tensors, the files in `others` (by content) and `settings` (as JSON).
+
+    JSON files are hashed in a canonical spelling. Tensors of different `weights` are kept apart by their place.
+    Raises UnavailableError if a file cannot be read or a tensor holds NaN or infinity.
+    """
+    weights, others = list(weights), list(others)
+    files = [file for one in weights for file in one.files] + others
+    parts = hashlib.sha256(_LAYOUT.encode())
+    parts.update(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS))
+    known = _remembered(files)
+    if known is None:
+        known = _digest_of_files(weights, others)
+        _remember(files, known)
+    parts.update(known.encode())
+    return parts.hexdigest()
+
+
+def check_finite(weights: Weights) -> None:
+    """Return if every number of every tensor is finite.
+
+    Raises UnavailableError that names the file, the tensor and how many are not.
+    """
+    for name in weights:
+        _hash_tensor(weights.spec(name))
+
+
+def _digest_of_files(weights: list[Weights], others: list[Path]) -> str:
+    total = hashlib.sha256()
+    for place, one in enumerate(weights):
+        for name in sorted(one):
+            spec = one.spec(name)
+            line = f"{place} {name} {spec.dtype} {list(spec.shape)} {_hash_tensor(spec)}\n"
+            total.update(line.encode())
+    for file in others:
+        total.update(hashlib.sha256(_canonical(file)).digest())
+    return total.hexdigest()
+
+
+def _hash_tensor(spec: TensorSpec) -> str:
+    """SHA-256 of the tensor's bytes. Raises UnavailableError if a number in it is not finite."""
+    digest = hashlib.sha256()
+    word, exponent = _EXPONENTS.get(spec.dtype, (np.uint8, 0))
+    not_finite = 0
+    try:
+        with spec.file.open("rb", buffering=0) as file:
+            file.seek(spec.start)
+            buffer = memoryview(bytearray(min(_BLOCK_BYTES, spec.stop - spec.start)))
+            left = spec.stop - spec.start
+            while left:
+                got = file.readinto(buffer[: min(left, len(buffer))])
+                if not got:
+                    raise UnavailableError(f"{spec.file} is damaged: {spec.name} is cut short")
+                # A read may stop inside a number; the rest of it comes with the next bytes.
+                while got % np.dtype(word).itemsize:
+                    more = file.readinto(
+                        buffer[got : got + np.dtype(word).itemsize - got % np.dtype(word).itemsize]
+                    )
+                    if not more:
+                        raise UnavailableError(f"{spec.file} is damaged: {spec.name} is cut short")
+                    got += more
+                block = buffer[:got]
+                digest.update(block)
+                if exponent:
+                    bits = np.frombuffer(block, dtype=word)
+                    not_finite += int(np.count_nonzero((bits & word(exponent)) == word(exponent)))
+                left -= got
+    except OSError as error:
+        raise UnavailableError(f"{spec.file} cannot be read: {error.strerror}") from error
+    if not_finite:
+        raise UnavailableError(
+            f"{spec.file} is damaged: {not_finite:,} of the {spec.elements:,} numbers of {spec.name} are NaN or "
+            "infinite; download the model again, or train it anew"
+        )
+    return digest.hexdigest()
+
+
+def _canonical(file: Path) -> bytes:
+    """The content of `file`; JSON without spacing and key order, a tokenizer.json without padding and truncation.
+
+    Padding and truncation are settings of whoever saved the file; gemb sets its own.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UnavailableError(f"{file} cannot be read: {error.strerror}") from error
+    if file.suffix != ".json":
+        return content
+    try:
+        value = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        raise UnavailableError(
+            f"{file} is damaged: not JSON ({error.msg}); download the model again"
+        ) from None
+    if file.name == "tokenizer.json" and isinstance(value, dict):
+        value = {key: inner for key, inner in value.items() if key not in {"padding", "truncation"}}
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+
+
+def _memory(files: list[Path]) -> Path | None:
+    """Where the digest of exactly these files, in this state, is remembered; None if they cannot be told apart."""
+    key = hashlib.sha256(_LAYOUT.encode())
+    for file in files:
+        try:
+            path = file.resolve()
+            state = path.stat()
+        except OSError:
+            return None
+        key.update(os.fsencode(path))
+        key.update(f"\0{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}\n".encode())
+    return cache_folder() / "fingerprints" / f"{key.hexdigest()}.txt"
+
+
+def _remembered(files: list[Path]) -> str | None:
+    place = _memory(files)
+    try:
+        known = place.read_text("ascii").strip() if place else ""
+    except (OSError, UnicodeDecodeError):
+        return None
+    return known if len(known) == 64 and set(known) <= set("0123456789abcdef") else None
+
+
+def _remember(files: list[Path], digest: str) -> None:
+    place = _memory(files)
+    if place is None:
+        return
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = place.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(digest, "ascii")
+        unfinished.replace(place)
+    except OSError:
+        return  # the next run reads the model once more
