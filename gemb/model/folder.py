@@ -182,7 +182,7 @@ class ModelFolder:
 def read_folder(path: Path) -> ModelFolder:
     """The model folder at `path`, read and checked; headers of weights are looked at, tensors are not.
 
-    Raises UnavailableError (7) if something is missing or damaged, MismatchError (5) if a part is unknown to gemb.
+    Raises UnavailableError (7) if something is missing or damaged, MismatchError (5) if a part is unknown.
     """
     if not path.is_dir():
         raise UnavailableError(
@@ -233,10 +233,10 @@ def read_folder(path: Path) -> ModelFolder:
 
 
 def fingerprint(folder: ModelFolder) -> str:
-    """64 hex digits that stand for everything the vectors of `folder` depend on; people are shown the first 12.
+    """64 hex digits for everything the vectors of `folder` depend on; people are shown the first 12.
 
-    Weights, tokenizer, modules, prompts and lengths count, by content; names, paths, sharding and the model card
-    do not. The weights are read once and the result is remembered (see gemb.model.identity).
+    Weights, tokenizer, modules, prompts and lengths count, by content; names, paths, sharding and the model
+    card do not. The weights are read once and the result is remembered (see gemb.model.identity).
     Raises UnavailableError if a weight is NaN or infinite, or a file cannot be read.
     """
     weights = [module.weights() for module in folder.modules if _has_weights(module)]
@@ -270,7 +270,8 @@ def check_vocabulary(folder: ModelFolder, entries: int, embedding_rows: int) -> 
     if entries > embedding_rows:
         raise MismatchError(
             f"{folder.tokenizer_folder} has a tokenizer of {entries:,} entries, but the embedding table of "
-            f"{folder.transformer.folder} has {embedding_rows:,} rows; tokenizer and weights are not of one model"
+            f"{folder.transformer.folder} has {embedding_rows:,} rows; "
+            "tokenizer and weights are not of one model"
         )
 
 
@@ -278,7 +279,7 @@ def _has_weights(module: ModuleSpec) -> bool:
     return module.kind in {"transformer", "dense", "layer_norm"}
 
 
-# --- modules ---------------------------------------------------------------------------------------------------
+# --- modules --------------------
 
 
 def _module_entries(path: Path) -> list[tuple[str, Path]] | None:
@@ -306,12 +307,13 @@ def _module_entries(path: Path) -> list[tuple[str, Path]] | None:
         theirs = str(kind).startswith("sentence_transformers.")
         if not theirs:
             raise MismatchError(
-                f"{file}: the module {kind} is code of the folder's author, which gemb never runs; gemb knows {known}"
+                f"{file}: the module {kind} is code of the folder's author, which gemb never runs; "
+                f"gemb knows {known}"
             )
         if name in {"Router", "Asym"}:
             raise MismatchError(
-                f"{file}: the module {kind} sends queries and documents to different models; gemb knows {known}; "
-                "point -m at one of its sub-folders' models instead"
+                f"{file}: the module {kind} sends queries and documents to different models; "
+                f"gemb knows {known}; point -m at one of its sub-folders' models instead"
             )
         if name not in _KINDS and name != "Dropout":
             raise MismatchError(f"{file}: gemb does not know the module {kind}; it knows {known}")
@@ -380,8 +382,9 @@ def _pooling(file: Path) -> PoolingSettings:
         unknown = [key for key in unknown if key not in _MODE_FLAGS]
         modes = modes or ["mean"]
     else:
-        modes = [named] if isinstance(named, str) else list(named)
-        unknown = [str(mode) for mode in modes if mode not in _MODE_FLAGS.values()]
+        names = [named] if isinstance(named, str) else list(named)
+        modes = [mode for name in names for mode in _MODE_FLAGS.values() if mode == name]
+        unknown = [str(name) for name in names if name not in modes]
     if unknown or not modes:
         raise MismatchError(
             f"{file}: gemb does not know the pooling {', '.join(unknown) or 'of no mode'}; "
@@ -443,18 +446,19 @@ def _check_widths(modules: tuple[ModuleSpec, ...], width: int | None, path: Path
         match module.settings:
             case DenseSettings(in_features=wanted) | LayerNormSettings(dimension=wanted) if wanted != dims:
                 raise MismatchError(
-                    f"{module.folder / 'config.json'}: takes {wanted} numbers, but the part before gives {dims}"
+                    f"{module.folder / 'config.json'}: takes {wanted} numbers, "
+                    f"but the part before gives {dims}"
                 )
             case DenseSettings(out_features=gives):
                 dims = gives
     return dims
 
 
-# --- backbone --------------------------------------------------------------------------------------------------
+# --- backbone --------------------
 
 
 def _transformer_settings(backbone: Path, notes: list[str]) -> Mapping[str, Any]:
-    """sentence_bert_config.json of the Transformer module (or an older name of it); empty if there is none."""
+    """sentence_bert_config.json of the Transformer module, or an older name of it; {} if there is none."""
     for name in _TRANSFORMER_CONFIGS:
         file = backbone / name
         if not file.exists():
@@ -515,7 +519,7 @@ def _backbone_config(
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The text part of a config: `text_config`, or the `encoder` of an encoder-decoder, or the config itself."""
+    """The text part of a config: its `text_config`, the `encoder` of an encoder-decoder, or all of it."""
     for key in ("text_config", "encoder"):
         inner = config.get(key)
         if isinstance(inner, Mapping):
@@ -553,7 +557,7 @@ def _tokenizer_folder(path: Path, backbone: Path) -> Path:
 
 
 def _tokenizer_files(place: Path) -> list[Path]:
-    """The files a tokenizer without tokenizer.json is made of, in a fixed order; empty if there is no vocabulary."""
+    """The files of a tokenizer without tokenizer.json, in a fixed order; empty without a vocabulary."""
     vocabularies = [place / name for name in _VOCABULARIES if (place / name).exists()]
     additions = [place / name for name in ("merges.txt", "added_tokens.json", "special_tokens_map.json")]
     return vocabularies + [file for file in additions if file.exists()] if vocabularies else []
@@ -588,11 +592,11 @@ def _max_tokens(
     return 512, "assumed"
 
 
-# --- prompts, sizes --------------------------------------------------------------------------------------------
+# --- prompts, sizes --------------------
 
 
 def _prompts(declared: Mapping[str, Any], file: Path) -> Mapping[str, str]:
-    """The prompts by name; a prompt may be empty (sentence-transformers 6 writes empty ones where there are none)."""
+    """The prompts by name; some are empty, as sentence-transformers 6 writes them where there are none."""
     prompts = declared.get("prompts") or {}
     if not isinstance(prompts, Mapping) or not all(isinstance(text, str) for text in prompts.values()):
         raise UnavailableError(f"{file}: prompts is not an object of name to text")
@@ -609,10 +613,10 @@ def _matryoshka_dims(
 ) -> tuple[int, ...]:
     """The sizes the model was trained for, largest first, from the first source that names any.
 
-    Sources: `matryoshka_dims` in config_sentence_transformers.json, `matryoshka_dimensions` in config.json, the
-    loss settings in the model card of sentence-transformers, and last the known sizes of EmbeddingGemma. That one
-    is told by its shape, since its folder does not declare them: gemma3_text with two Dense modules that lead back
-    to 768 and the published query prompt; or EmbeddingGemma 2's own family with 768 dims.
+    Sources: `matryoshka_dims` in config_sentence_transformers.json, `matryoshka_dimensions` in config.json,
+    the loss settings in the model card of sentence-transformers, and last the known sizes of EmbeddingGemma,
+    whose folder does not declare them. It is told by its shape: gemma3_text with two Dense modules that lead
+    back to 768 and the published query prompt; or EmbeddingGemma 2's own family with 768 dims.
     """
     sizes = (
         declared.get("matryoshka_dims")
@@ -643,7 +647,7 @@ def _card_dims(card: Path) -> list[int]:
     return [int(size) for size in re.findall(r"\d+", block[1])] if block else []
 
 
-# --- files -----------------------------------------------------------------------------------------------------
+# --- files --------------------
 
 
 def _read_json(file: Path) -> Any:

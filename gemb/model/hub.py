@@ -1,11 +1,11 @@
-"""From what a user calls a model to the folder that holds it; local first, and no socket where none is needed."""
+"""From what a user calls a model to the folder that holds it: local first, no socket where none is needed."""
 
 import os
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """The user's cache for gemb: `GEMB_CACHE`, else `XDG_CACHE_HOME`/gemb, else ~/.cache/gemb; may not exist yet."""
+    """The user's cache: `GEMB_CACHE`, else `XDG_CACHE_HOME`/gemb, else ~/.cache/gemb; may not exist yet."""
     own = os.environ.get("GEMB_CACHE")
     if own:
         return Path(own).expanduser()

@@ -26,9 +26,9 @@ _LAYOUT = "1"  # part of every digest and cache key; raise it when the way of ha
 
 
 def content_digest(weights: Iterable[Weights], others: Iterable[Path], settings: Mapping[str, object]) -> str:
-    """The SHA-256, 64 hex digits, of all tensors, the files in `others` (by content) and `settings` (as JSON).
+    """SHA-256, 64 hex digits, of all tensors, the content of the files in `others`, and `settings` as JSON.
 
-    JSON files are hashed in a canonical spelling. Tensors of different `weights` are kept apart by their place.
+    JSON files are hashed in a canonical spelling. Tensors of different `weights` are told by their place.
     Raises UnavailableError if a file cannot be read or a tensor holds NaN or infinity.
     """
     weights, others = list(weights), list(others)
@@ -69,41 +69,32 @@ def _hash_tensor(spec: TensorSpec) -> str:
     digest = hashlib.sha256()
     word, exponent = _EXPONENTS.get(spec.dtype, (np.uint8, 0))
     not_finite = 0
+    left = spec.stop - spec.start
+    buffer = memoryview(bytearray(min(_BLOCK_BYTES, left)))
     try:
-        with spec.file.open("rb", buffering=0) as file:
+        with spec.file.open("rb") as file:
             file.seek(spec.start)
-            buffer = memoryview(bytearray(min(_BLOCK_BYTES, spec.stop - spec.start)))
-            left = spec.stop - spec.start
             while left:
-                got = file.readinto(buffer[: min(left, len(buffer))])
-                if not got:
+                block = buffer[: min(left, len(buffer))]
+                if file.readinto(block) < len(block):
                     raise UnavailableError(f"{spec.file} is damaged: {spec.name} is cut short")
-                # A read may stop inside a number; the rest of it comes with the next bytes.
-                while got % np.dtype(word).itemsize:
-                    more = file.readinto(
-                        buffer[got : got + np.dtype(word).itemsize - got % np.dtype(word).itemsize]
-                    )
-                    if not more:
-                        raise UnavailableError(f"{spec.file} is damaged: {spec.name} is cut short")
-                    got += more
-                block = buffer[:got]
                 digest.update(block)
                 if exponent:
                     bits = np.frombuffer(block, dtype=word)
                     not_finite += int(np.count_nonzero((bits & word(exponent)) == word(exponent)))
-                left -= got
+                left -= len(block)
     except OSError as error:
         raise UnavailableError(f"{spec.file} cannot be read: {error.strerror}") from error
     if not_finite:
         raise UnavailableError(
-            f"{spec.file} is damaged: {not_finite:,} of the {spec.elements:,} numbers of {spec.name} are NaN or "
-            "infinite; download the model again, or train it anew"
+            f"{spec.file} is damaged: {not_finite:,} of the {spec.elements:,} numbers of {spec.name} "
+            "are NaN or infinite; download the model again, or train it anew"
         )
     return digest.hexdigest()
 
 
 def _canonical(file: Path) -> bytes:
-    """The content of `file`; JSON without spacing and key order, a tokenizer.json without padding and truncation.
+    """The content of `file`; of JSON the values only, of tokenizer.json all but padding and truncation.
 
     Padding and truncation are settings of whoever saved the file; gemb sets its own.
     """
@@ -125,7 +116,7 @@ def _canonical(file: Path) -> bytes:
 
 
 def _memory(files: list[Path]) -> Path | None:
-    """Where the digest of exactly these files, in this state, is remembered; None if they cannot be told apart."""
+    """Where the digest of these files in their present state is kept; None if one of them is gone."""
     key = hashlib.sha256(_LAYOUT.encode())
     for file in files:
         try:
