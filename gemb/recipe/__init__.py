@@ -1,0 +1,32 @@
+"""The recipe schema: one YAML file to one typed, frozen recipe, with every problem told at once.
+
+A command's recipe is a class derived from `Recipe`; the sentence under a field is its only explanation
+and becomes `--help`, the docs page and the JSON schema.
+"""
+
+from gemb.recipe.loading import Origin, load, origin
+from gemb.recipe.schema import (
+    ComputeRecipe,
+    ModelName,
+    Recipe,
+    RecipeInput,
+    RecipePath,
+    json_schema,
+    resolved,
+)
+from gemb.recipe.shipped import ShippedRecipe, shipped
+
+__all__ = [
+    "ComputeRecipe",
+    "ModelName",
+    "Origin",
+    "Recipe",
+    "RecipeInput",
+    "RecipePath",
+    "ShippedRecipe",
+    "json_schema",
+    "load",
+    "origin",
+    "resolved",
+    "shipped",
+]

@@ -1,0 +1,53 @@
+"""Problems of one recipe, gathered so that a user sees all of them at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from gemb.errors import GembError
+
+Key = tuple[str | int, ...]
+"""The way to a value: `("data", 0, "weight")`."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a key was written: a line of a file, or a word of the command line."""
+
+    line: int = 0
+    """1-based; 0 for the command line."""
+    column: int = 0
+    option: str = ""
+    """What was typed instead: `--dims`, or the key of `dims=256`."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, and where."""
+
+    message: str
+    key: Key = ()
+    place: Place | None = None
+
+    def __str__(self) -> str:
+        """`line 3: batch_size: '8' is not an int`."""
+        key = ".".join(str(part) for part in self.key)
+        if self.place is not None and self.place.option:
+            return f"{self.place.option}: {self.message}"
+        where = f"line {self.place.line}: " if self.place is not None else ""
+        return f"{where}{key}: {self.message}" if key else f"{where}{self.message}"
+
+
+def error(source: str, problems: Sequence[Problem]) -> GembError:
+    """The one error that tells all `problems` of `source`, in the order of its lines."""
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    ordered = sorted(problems, key=lambda problem: problem.place.line if problem.place else 0)
+    return GembError("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in ordered)]))
+
+
+def did_you_mean(word: str, choices: Sequence[str], *, listing: str = "") -> str:
+    """`; did you mean temperature?`, or the `choices` after `listing` where none is close."""
+    close = get_close_matches(word, choices, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; {listing} {', '.join(choices)}" if listing and choices else ""

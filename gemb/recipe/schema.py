@@ -1,0 +1,87 @@
+"""`Recipe`, the base of every command's recipe, and the types of paths in it.
+
+A relative path in a recipe file is relative to that file; one from the command line, or from a recipe that
+gemb ships, is relative to the working folder. The types say which texts are paths; `load` moves them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+
+class Recipe(BaseModel):
+    """All that one run is asked to do. Frozen; unknown keys and loose types (`'8'` for 8) are refused.
+
+    Sequences are tuples, choices are `Literal`, parts are other `Recipe` classes, and every field has a
+    default, a docstring of one sentence and, where the type cannot say it, its unit.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        validate_default=False,
+    )
+
+    kind: ClassVar[str] = ""
+    """The command that runs this recipe, as `kind:` names it in a file; empty for a part of a recipe."""
+
+    _origin: Any = PrivateAttr(default=None)  # set by gemb.recipe.loading.load
+
+
+@dataclass(frozen=True)
+class PathRule:
+    """Which texts of a field are paths relative to the recipe file."""
+
+    explicit: bool
+    """Only those that begin with `.` or `~`: the others may be names."""
+
+    def resolve(self, text: str, folder: Path) -> str:
+        """The text as a path from the working folder; `folder` is the recipe file's, `-` a stream."""
+        is_path = text.startswith(("./", "../", "~")) or text in (".", "..") if self.explicit else text != "-"
+        return str(folder / Path(text).expanduser()) if is_path else text
+
+
+RecipePath = Annotated[Path, PathRule(explicit=False)]
+"""A file or folder."""
+
+RecipeInput = Annotated[str, PathRule(explicit=False)]
+"""A file, folder or pattern to read; `-` is stdin."""
+
+ModelName = Annotated[str, PathRule(explicit=True)]
+"""A model by name, or its folder; in a recipe file a folder beside it is written `./enc`."""
+
+
+class ComputeRecipe(Recipe):
+    """What every recipe that runs a model has in common: which model, and on what."""
+
+    model: ModelName | None = None
+    """The model: a folder, a name on the Hugging Face hub, or `minilm`; without it, the installed default."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, mps; several with commas."""
+    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Numbers used in the computation; auto takes what is fast and exact enough here, and says why."""
+    threads: int | None = Field(default=None, ge=1)
+    """Processor threads; by default all that this process may use."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens computed at once; by default what suits the device."""
+    offline: bool = False
+    """Never open a connection; a model that is not on this machine is an error."""
+
+
+def resolved(recipe: Recipe) -> dict[str, object]:
+    """Everything `recipe` says, defaults included, as plain JSON values: what `gemb.json` keeps."""
+    kind = {"kind": recipe.kind} if recipe.kind else {}
+    return {**kind, **recipe.model_dump(mode="json")}
+
+
+def json_schema(model: type[Recipe]) -> dict[str, Any]:
+    """The JSON schema of a recipe file of this kind, for editors."""
+    schema = model.model_json_schema()
+    if model.kind:
+        kind = {"const": model.kind, "description": "The command that runs this recipe.", "type": "string"}
+        schema["properties"] = {"kind": kind, **schema.get("properties", {})}
+    return schema
