@@ -287,7 +287,7 @@ def _module_entries(path: Path) -> list[tuple[str, Path]] | None:
     file = path / "modules.json"
     if not file.exists():
         return None
-    listed = _read_json(file)
+    listed = cast(list[Any], _read_json(file))
     entries: list[tuple[str, Path]] = []
     try:
         for entry in sorted(listed, key=lambda one: one.get("idx", 0)):
@@ -650,15 +650,16 @@ def _card_dims(card: Path) -> list[int]:
 # --- files --------------------
 
 
-def _read_json(file: Path) -> Any:
+def _read_json(file: Path) -> object:
     try:
-        return orjson.loads(file.read_bytes())
+        value: object = orjson.loads(file.read_bytes())
     except orjson.JSONDecodeError as error:
         raise UnavailableError(
             f"{file}:{error.lineno}: not JSON ({error.msg}); download the model again"
         ) from None
     except OSError as error:
         raise UnavailableError(f"{file} cannot be read: {error.strerror}; download the model again") from None
+    return value
 
 
 def _read_object(file: Path, *, required: bool = True) -> Mapping[str, Any]:

@@ -89,7 +89,7 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     return specs
 
 
-def _spec(path: Path, name: str, entry: Any, data_start: int) -> TensorSpec:
+def _spec(path: Path, name: str, entry: dict[str, Any], data_start: int) -> TensorSpec:
     """One header entry, checked: the byte range must be exactly shape times element size."""
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
