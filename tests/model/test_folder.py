@@ -517,13 +517,14 @@ def test_a_shard_index_that_does_not_fit_is_damage(make_folder: FolderMaker) -> 
         (
             "sentence_transformers.models.WeightedLayerPooling",
             "MODEL/modules.json: gemb does not know the module "
-            "sentence_transformers.models.WeightedLayerPooling; it knows Transformer, Pooling, Dense, LayerNorm, Normalize",
+            "sentence_transformers.models.WeightedLayerPooling; it knows Transformer, Pooling, Dense, "
+            "LayerNorm, Normalize",
         ),
         (
             "sentence_transformers.base.modules.router.Router",
             "MODEL/modules.json: the module sentence_transformers.base.modules.router.Router sends queries "
-            "and documents to different models; gemb knows Transformer, Pooling, Dense, LayerNorm, Normalize; "
-            "point -m at one of its sub-folders' models instead",
+            "and documents to different models; gemb knows Transformer, Pooling, Dense, LayerNorm, "
+            "Normalize; point -m at one of its sub-folders' models instead",
         ),
         (
             "custom_st.Pooling",
