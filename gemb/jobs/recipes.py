@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from gemb.errors import GembError
-from gemb.recipe import shipped
+from gemb.recipe import shipped_recipes
 from gemb.recipe.problems import did_you_mean
 from gemb.report import Report, Table
 
 
 def list_recipes() -> Report:
     """A table of the shipped recipes: name and what each does."""
-    recipes = shipped()
+    recipes = shipped_recipes()
     rows = [(recipe.name, recipe.summary) for recipe in recipes]
     return Report(
         title=f"{len(recipes)} recipe{'' if len(recipes) == 1 else 's'}",
@@ -24,7 +24,7 @@ def copy_recipe(name: str, output: Path | None, *, overwrite: bool = False) -> R
 
     Raises GembError if there is no such recipe, or if the file exists and `overwrite` is not set.
     """
-    found = {recipe.name: recipe for recipe in shipped()}
+    found = {recipe.name: recipe for recipe in shipped_recipes()}
     if name not in found:
         hint = did_you_mean(name, list(found), listing="the recipes are")
         raise GembError(f"no recipe {name}{hint}")

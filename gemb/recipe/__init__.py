@@ -14,7 +14,7 @@ from gemb.recipe.schema import (
     json_schema,
     resolved,
 )
-from gemb.recipe.shipped import ShippedRecipe, shipped
+from gemb.recipe.shipped import ShippedRecipe, shipped_recipes
 
 __all__ = [
     "ComputeRecipe",
@@ -28,5 +28,5 @@ __all__ = [
     "load",
     "origin",
     "resolved",
-    "shipped",
+    "shipped_recipes",
 ]

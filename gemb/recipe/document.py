@@ -7,12 +7,12 @@ number, `no` and `on` are texts, `010` is ten, a date stays a text, and tags tha
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import yaml
 
-from gemb.recipe.problems import Key, Place, Problem, error
+from gemb.recipe.problems import Key, Place, Problem
 
 # The core schema of YAML 1.2 (section 10.3.2), with decimal integers only plus 0x and 0o.
 _NULL = {"", "~", "null", "Null", "NULL"}
@@ -21,6 +21,7 @@ _INT = re.compile(r"[-+]?[0-9]+")
 _BASED_INT = re.compile(r"0x[0-9a-fA-F]+|0o[0-7]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL_FLOAT = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_TAG = re.compile(r"(&\S+\s+)?!")
 _VARIABLE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|\$\{[^}]*\}?")
 
 _MAX_VALUES = 100_000  # aliases of aliases can stand for 10^9 values in 300 bytes
@@ -28,22 +29,23 @@ _MAX_VALUES = 100_000  # aliases of aliases can stand for 10^9 values in 300 byt
 
 @dataclass(frozen=True)
 class Document:
-    """The values of one YAML text, and where they stand."""
+    """The values of one YAML text, where they stand, and what is wrong with the text itself."""
 
     values: dict[str, object]
     places: Mapping[Key, Place]
+    problems: Sequence[Problem]
+    is_readable: bool
+    """False when the text is no YAML mapping at all; then the values say nothing."""
 
 
-def parse(text: str, source: str) -> Document:
+def parse(text: str) -> Document:
     """The mapping that `text` holds; an empty text is an empty mapping.
 
-    Raises GembError with all problems, each with its line, under the name `source`.
+    Where a value has a problem, something harmless stands in its place, so that the rest can be checked, too.
     """
     reader = _Reader()
     values = reader.document(text)
-    if reader.problems:
-        raise error(source, reader.problems)
-    return Document(values, reader.places)
+    return Document(values, reader.places, reader.problems, reader.is_readable)
 
 
 def parse_value(text: str) -> tuple[object, list[str]]:
@@ -58,6 +60,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
+        self.is_readable = True
         self.places: dict[Key, Place] = {}
         self._open: set[int] = set()  # nodes being read, to find an alias inside its own anchor
         self._count = 0
@@ -66,9 +69,11 @@ class _Reader:
         """The mapping at the top of `text`."""
         node = self._compose(text)
         if node is None:
+            self.is_readable = not self.problems
             return {}
         if not isinstance(node, yaml.MappingNode):
             self._problem("a recipe is a mapping of keys to values", (), node)
+            self.is_readable = False
             return {}
         return self._mapping(node, ())
 
@@ -90,6 +95,9 @@ class _Reader:
             message = " ".join(part for part in (problem.context, problem.problem) if part)
             place = Place(mark.line + 1, mark.column + 1) if mark else None
             self.problems.append(Problem(f"not YAML: {message}", (), place))
+            return None
+        except RecursionError:
+            self.problems.append(Problem("nested too deeply"))
             return None
         finally:
             loader.dispose()
@@ -137,13 +145,11 @@ class _Reader:
 
     def _scalar(self, node: yaml.ScalarNode, key: Key) -> object:
         text: str = node.value
-        tag = node.tag.removeprefix("tag:yaml.org,2002:")
-        if tag == node.tag and node.tag != "!":
+        is_tagged = _is_tagged(node)  # otherwise the tag is PyYAML's guess by YAML 1.1, which is ignored
+        if is_tagged and node.tag != "tag:yaml.org,2002:str":
             self._problem(f"the tag {node.tag} is not allowed", key, node)
             return None
-        # PyYAML resolves plain scalars by YAML 1.1; that result is ignored, an explicit `!!str` is not.
-        explicit_text = tag == "str" and _is_tagged(node)
-        value = text if node.style is not None or explicit_text else plain(text)
+        value = text if is_tagged or node.style is not None else plain(text)
         return self._filled(value, key, node) if isinstance(value, str) else value
 
     def _filled(self, text: str, key: Key, node: yaml.Node) -> str:
@@ -198,9 +204,9 @@ def _place(node: yaml.Node) -> Place:
 
 
 def _is_tagged(node: yaml.ScalarNode) -> bool:
-    """Whether the text itself says `!!str`: the node then starts at the tag."""
-    buffer = node.start_mark.buffer
-    return buffer is not None and buffer[node.start_mark.pointer] == "!"
+    """Whether the text itself gives a tag: the node then starts with it, or with its anchor."""
+    mark = node.start_mark
+    return mark.buffer is not None and _TAG.match(mark.buffer, mark.pointer) is not None
 
 
 def _control_character(text: str) -> int:

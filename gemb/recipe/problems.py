@@ -1,6 +1,6 @@
 """Problems of one recipe, gathered so that a user sees all of them at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -51,3 +51,23 @@ def did_you_mean(word: str, choices: Sequence[str], *, listing: str = "") -> str
     if close:
         return f"; did you mean {close[0]}?"
     return f"; {listing} {', '.join(choices)}" if listing and choices else ""
+
+
+def nearest(places: Mapping[Key, Place], key: Key) -> Place | None:
+    """Where `key` was written, or what holds it."""
+    for length in range(len(key), 0, -1):
+        if key[:length] in places:
+            return places[key[:length]]
+    return None
+
+
+def shown(value: object) -> str:
+    """A value as the user wrote it, cut at 60 characters."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a mapping"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -24,7 +24,7 @@ class ShippedRecipe:
         return first.partition(" - ")[2].strip().rstrip(".")
 
 
-def shipped() -> list[ShippedRecipe]:
+def shipped_recipes() -> list[ShippedRecipe]:
     """Every recipe that gemb ships, by name."""
     from importlib.resources import files
 
