@@ -122,9 +122,9 @@ def check_writable(path: Path | str, needs_bytes: int = 0) -> None:
 
     Raises GembError without permission, MachineError where the space is too small.
     """
-    ancestor = existing_ancestor(path)
-    folder = ancestor if ancestor != Path(os.path.abspath(path)) else ancestor.parent
     with os_errors_explained(path):
+        ancestor = existing_ancestor(path)
+        folder = ancestor if ancestor != Path(os.path.abspath(path)) else ancestor.parent
         if not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if ancestor.is_file() and not os.access(ancestor, os.W_OK):
