@@ -55,6 +55,8 @@ def _run(app: Callable[..., object], arguments: list[str]) -> int:
         if isinstance(stop.__context__, BrokenPipeError):  # typer turns a closed pipe into SystemExit(1)
             raise stop.__context__ from None
         raise
+    if result == Exit.INTERRUPTED:  # typer turns KeyboardInterrupt into its exit code, and says nothing
+        _tell("interrupted")
     return result if isinstance(result, int) else Exit.DONE
 
 
@@ -75,9 +77,6 @@ def _closing(step: Callable[[], int]) -> int:
     except BrokenPipeError:
         _forget_stdout()
         return Exit.CLOSED_PIPE
-    except KeyboardInterrupt:
-        _tell("interrupted")
-        return Exit.INTERRUPTED
     except MemoryError:
         _tell("out of memory; try a smaller --batch-tokens, or fewer processes at a time")
         return Exit.FAILED
@@ -98,10 +97,13 @@ def _usage_message(error: TyperException) -> str:
     path = context.command_path if context is not None else "gemb"
     close = getattr(error, "possibilities", None)
     message = " ".join((error.message if close else error.format_message()).split()).rstrip(".")
-    message = message[:1].lower() + message[1:]
-    hint = f"did you mean {' or '.join(sorted(close))}?" if close else f"see {path} --help"
+    message = message[:1].lower() + message[1:].replace(". Did you mean", "; did you mean")
+    if close:
+        message += f"; did you mean {' or '.join(sorted(close))}?"
+    elif not message.endswith("?"):
+        message += f"; see {path} --help"
     subcommand = path.partition(" ")[2]
-    return f"{subcommand}: {message}; {hint}" if subcommand else f"{message}; {hint}"
+    return f"{subcommand}: {message}" if subcommand else message
 
 
 def _tell(message: str) -> None:
@@ -120,7 +122,7 @@ def _write(text: str) -> None:
 def _bug() -> int:
     """Show the traceback of the exception at hand, and where to take it."""
     _write(traceback.format_exc().rstrip())
-    _tell("this is a bug of gemb; please report it with the lines above and the output of gemb --version")
+    _tell("this is a bug of gemb; please report it with the lines above and with gemb --version")
     return Exit.FAILED
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
 
-from gemb.recipe import Recipe
+from gemb.recipe import Recipe, key_of
 
 LETTERS = {"output": "-o", "model": "-m", "quiet": "-q", "verbose": "-v"}
 """The one-letter forms, the same in every command."""
@@ -23,7 +23,7 @@ def option(recipe: type[Recipe], field: str, *, metavar: str | None = None) -> A
     given", so that the recipe file can speak: `dims: Annotated[int | None, option(Embed, "dims")] = None`.
     """
     info = recipe.model_fields[field]
-    name = "--" + field.rstrip("_").replace("_", "-")
+    name = "--" + key_of(field).replace("_", "-")
     is_switch = _is_switch(info.annotation)
     names = [f"{name}/--no-{name[2:]}"] if is_switch else [name]
     if field in LETTERS:

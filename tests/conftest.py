@@ -66,14 +66,18 @@ def gemb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
 
     def run(*arguments: str | Path, stdin: str | bytes = b"") -> Finished:
         content = stdin.encode() if isinstance(stdin, str) else stdin
-        out, err = io.BytesIO(), io.BytesIO()
+        streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for name in ("stdout", "stderr")}
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
-            patch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="utf-8", write_through=True))
-            patch.setattr(sys, "stderr", io.TextIOWrapper(err, encoding="utf-8", write_through=True))
+            for name, stream in streams.items():
+                patch.setattr(sys, name, stream)
             with pytest.raises(SystemExit) as stop:
                 import_module("gemb.commands").main([str(argument) for argument in arguments])
-        return Finished(int(stop.value.code or 0), out.getvalue().decode(), err.getvalue().decode())
+        for stream in streams.values():
+            stream.flush()
+            stream.buffer.seek(0)
+        out, err = (stream.buffer.read().decode() for stream in streams.values())
+        return Finished(int(stop.value.code or 0), out, err)
 
     return run
 

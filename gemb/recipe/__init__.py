@@ -12,6 +12,7 @@ from gemb.recipe.schema import (
     RecipeInput,
     RecipePath,
     json_schema,
+    key_of,
     resolved,
 )
 from gemb.recipe.shipped import ShippedRecipe, shipped_recipes
@@ -25,6 +26,7 @@ __all__ = [
     "RecipePath",
     "ShippedRecipe",
     "json_schema",
+    "key_of",
     "load",
     "origin",
     "resolved",

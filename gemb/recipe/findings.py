@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from gemb.recipe.problems import Key, Place, Problem, did_you_mean, nearest, shown
-from gemb.recipe.schema import Recipe
+from gemb.recipe.schema import Recipe, key_of
 
 
 def problems_in(
@@ -70,7 +70,7 @@ def _message(finding: dict[str, Any], key: Key, model: type[Recipe]) -> str:
     kind, value, context = finding["type"], shown(finding["input"]), finding.get("ctx", {})
     if kind == "extra_forbidden":
         owner = _model_at(model, key[:-1])
-        names = list(owner.model_fields) if owner else []
+        names = [key_of(name) for name in owner.model_fields] if owner else []
         return "no such key" + did_you_mean(str(key[-1]), names, listing="the keys are")
     if kind == "missing":
         field = _field_at(model, key)
@@ -105,7 +105,11 @@ def _models_in(annotation: object) -> Iterator[type[Recipe]]:
 
 def _field_at(model: type[Recipe], key: Key) -> FieldInfo | None:
     owner = _model_at(model, key[:-1])
-    return owner.model_fields.get(str(key[-1])) if owner and key else None
+    return _field(owner, str(key[-1])) if owner and key else None
+
+
+def _field(model: type[Recipe], key: str) -> FieldInfo | None:
+    return next((field for name, field in model.model_fields.items() if key_of(name) == key), None)
 
 
 def _model_at(model: type[Recipe], key: Key) -> type[Recipe] | None:
@@ -114,6 +118,6 @@ def _model_at(model: type[Recipe], key: Key) -> type[Recipe] | None:
     for part in key:
         if isinstance(part, int) or current is None:
             continue  # the items of a list have the class that the field names
-        field = current.model_fields.get(part)
+        field = _field(current, part)
         current = next(_models_in(field.annotation), None) if field else None
     return current

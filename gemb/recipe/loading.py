@@ -14,7 +14,7 @@ from gemb.recipe import document
 from gemb.recipe.findings import problems_in
 from gemb.recipe.paths import relative_to
 from gemb.recipe.problems import Key, Place, Problem, did_you_mean, error, nearest, shown
-from gemb.recipe.schema import Recipe
+from gemb.recipe.schema import Recipe, key_of
 from gemb.recipe.shipped import shipped_recipes
 
 R = TypeVar("R", bound=Recipe)
@@ -55,8 +55,9 @@ def load(
         problems += _apply_override(override, values, places, overridden)
     for field, value in (options or {}).items():
         if value is not None:
-            _set(values, (field,), value, places, Place(option="--" + field.rstrip("_").replace("_", "-")))
-            overridden.append(field)
+            key = key_of(field)
+            _set(values, (key,), value, places, Place(option="--" + key.replace("_", "-")))
+            overridden.append(key)
     recipe, found = _validate(model, values, places)
     told = {problem.key for problem in problems}
     problems += [problem for problem in found if problem.key not in told]

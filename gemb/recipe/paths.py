@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from gemb.recipe.problems import Key, Place, nearest
-from gemb.recipe.schema import PathRule, Recipe
+from gemb.recipe.schema import PathRule, Recipe, key_of
 
 R = TypeVar("R", bound=Recipe)
 
@@ -14,7 +14,7 @@ def relative_to(recipe: R, folder: Path, places: Mapping[Key, Place], key: Key) 
     """`recipe` with the paths that its file gave made relative to the working folder."""
     changed: dict[str, object] = {}
     for name, field in type(recipe).model_fields.items():
-        value, at = getattr(recipe, name), (*key, name)
+        value, at = getattr(recipe, name), (*key, key_of(name))
         rule = _path_rule(field.annotation, field.metadata)
         if rule is not None:
             changed[name] = _moved(value, rule, folder, places, at)

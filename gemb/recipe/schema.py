@@ -11,6 +11,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 
+def key_of(field: str) -> str:
+    """The key of a field in a file, and the word of its option: `as` for `as_`, a word of Python."""
+    return field.rstrip("_")
+
+
 class Recipe(BaseModel):
     """All that one run is asked to do. Frozen; unknown keys and loose types (`'8'` for 8) are refused.
 
@@ -23,7 +28,8 @@ class Recipe(BaseModel):
         extra="forbid",
         strict=True,
         use_attribute_docstrings=True,
-        validate_default=False,
+        alias_generator=key_of,
+        populate_by_name=True,
     )
 
     kind: ClassVar[str] = ""
@@ -75,7 +81,7 @@ class ComputeRecipe(Recipe):
 def resolved(recipe: Recipe) -> dict[str, object]:
     """Everything `recipe` says, defaults included, as plain JSON values: what `gemb.json` keeps."""
     kind = {"kind": recipe.kind} if recipe.kind else {}
-    return {**kind, **recipe.model_dump(mode="json")}
+    return {**kind, **recipe.model_dump(mode="json", by_alias=True)}
 
 
 def json_schema(model: type[Recipe]) -> dict[str, Any]:

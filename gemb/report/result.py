@@ -146,7 +146,9 @@ def _rendered(result: Plan | Report) -> "list[RenderableType]":
             grid.add_row(Text(f"  {label}"), Text(value))
         parts.append(grid)
     for table in result.tables:
-        shown = RichTable(title=table.title or None, box=box.SIMPLE_HEAD, title_justify="left")
+        shown = RichTable(
+            title=table.title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold"
+        )
         for name in table.columns:
             shown.add_column(
                 name, justify="right" if name in table.right_aligned else "left", overflow="fold"

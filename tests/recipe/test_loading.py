@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -21,11 +22,13 @@ from gemb.recipe import (
     RecipePath,
     ShippedRecipe,
     json_schema,
+    key_of,
     load,
     origin,
     resolved,
     shipped_recipes,
 )
+from gemb.recipe.document import parse
 
 
 class Source(Recipe):
@@ -60,6 +63,8 @@ class Sample(ComputeRecipe):
     """Named folders."""
     output: RecipePath = Path("out")
     """The folder to write."""
+    as_: str | None = None
+    """What the texts are."""
     teacher: ModelName = "minilm"
     """Another model."""
 
@@ -219,6 +224,18 @@ def test_only_what_was_given_counts_as_set(write: Callable[[str], str]) -> None:
     assert load(write("name: a\noutput: o\n"), Sample).model_fields_set == {"name", "output"}
 
 
+def test_a_word_that_python_keeps_is_a_plain_key(write: Callable[[str], str]) -> None:
+    recipe = load(write("name: a\nas: query\n"), Sample)
+    assert recipe.as_ == "query"
+    assert resolved(recipe)["as"] == "query"
+    assert load(None, Sample, ["as=none"], {"name": "a"}).as_ == "none"
+    assert load(None, Sample, [], {"name": "a", "as_": "document"}).as_ == "document"
+    assert origin(load(None, Sample, [], {"name": "a", "as_": "document"})).overridden == ("name", "as")
+    assert "as" in json_schema(Sample)["properties"]
+    assert Sample(name="a", as_="query") == Sample.model_validate({"name": "a", "as": "query"})
+    assert failure(None, "name=a", as_=3) == "command line: 1 problem\n  --as: 3 is not a text; quote it"
+
+
 def test_kind_may_be_left_out_and_must_fit_the_command(write: Callable[[str], str]) -> None:
     assert load(write("kind: sample\nname: a\n"), Sample).name == "a"
     assert failure(write("name: a\nkind: train\n")) == (
@@ -296,3 +313,18 @@ def test_every_shipped_recipe_says_what_it_does_and_how_to_run_it() -> None:
         assert first.startswith(f"# recipes/{recipe.name}.yaml - ")
         assert second.startswith("#   gemb ")
         assert recipe.name in second
+
+
+@pytest.mark.parametrize("name", [recipe.name for recipe in shipped_recipes()])
+def test_every_shipped_recipe_is_valid_and_repeats_no_default(name: str) -> None:
+    (text,) = (recipe.text for recipe in shipped_recipes() if recipe.name == name)
+    given = parse(text).values
+    job = import_module(f"gemb.jobs.{given.pop('kind')}")
+    (model,) = (
+        value
+        for value in vars(job).values()
+        if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == job.__name__
+    )
+    loaded = load(name, model)
+    defaults = {key_of(field): info.default for field, info in model.model_fields.items()}
+    assert [key for key in given if getattr(loaded, key, None) == defaults[key]] == []
