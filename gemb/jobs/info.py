@@ -234,7 +234,7 @@ def _vectors(path: Path) -> Report:
             "made": made,
         }
         title = f"{path}: {vectors.rows:,} vectors, {vectors.dims} wide"
-    request = made.get("request", {}) if isinstance(made, dict) else {}
+    request = made.get("request") or {}
     if isinstance(request.get("model"), str):
         rows.append(("model", f"{request.get('model_name', '')} ({request['model'][:SHOWN_DIGITS]})".strip()))
     if isinstance(request.get("prompt"), dict):
