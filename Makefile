@@ -8,13 +8,17 @@ BIN := $(VENV)/bin
 # -n 2 workers with one thread each keep a machine of two cores busy and no busier.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow lint docs bench clean
+.PHONY: demo test test-install test-slow lint docs bench clean
 
 demo: $(VENV)/minilm.installed
 	$(BIN)/gemb demo
 
 test: $(VENV)/test.installed
 	$(PYTEST) -q -n 2
+
+# The wheel with all it needs in a fresh environment; a minute or two, most of it torch.
+test-install: $(VENV)/test.installed
+	$(PYTEST) -q -m slow tests/test_packaging.py
 
 test-slow: $(VENV)/test.installed
 	$(PYTEST) -q -m slow

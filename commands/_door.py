@@ -77,6 +77,9 @@ def _closing(step: Callable[[], int]) -> int:
     except BrokenPipeError:
         _forget_stdout()
         return Exit.CLOSED_PIPE
+    except KeyboardInterrupt:  # outside typer: while stdout is flushed into a pager, say
+        _tell("interrupted")
+        return Exit.INTERRUPTED
     except MemoryError:
         _tell("out of memory; try a smaller --batch-tokens, or fewer processes at a time")
         return Exit.FAILED

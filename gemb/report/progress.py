@@ -224,6 +224,7 @@ class _Bar:
                 TextColumn("{task.fields[left]}", markup=False, style="cyan"),
                 console=terminal.console(self._stream),
                 transient=True,
+                redirect_stdout=False,  # rich would send the rows of `-o -` to the terminal
                 refresh_per_second=5,  # more costs the embedding threads time and shows no one more
                 expand=True,
             )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -112,6 +113,14 @@ def test_a_terminal_gets_a_bar_with_rows_rate_and_time_left(monkeypatch: pytest.
     for text in ("embedding", "50 of 100 rows", "500 tokens/s", "0:10 left", "━"):
         assert text in shown
     assert shown.endswith("\x1b[2K")  # wiped: the report follows
+
+
+def test_a_bar_leaves_stdout_to_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stdout = sys.stdout
+    with progress(stream=Terminal()) as on_progress:
+        on_progress(Event("embedding", 0, 100))
+        assert sys.stdout is stdout
 
 
 def test_events_may_come_from_many_threads() -> None:
