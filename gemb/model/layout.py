@@ -1,0 +1,72 @@
+"""How the texts of a batch lie in the packed row of tokens.
+
+T tokens of B texts stand one after another, without padding. Texts of equal length are neighbours, so
+attention handles a group of them in one call.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """`rows` texts of `length` tokens each, from token `start` on; the first is text `row`."""
+
+    start: int
+    row: int
+    rows: int
+    length: int
+
+    @property
+    def stop(self) -> int:
+        """The first token after the group."""
+        return self.start + self.rows * self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each text of a packed batch begins and ends."""
+
+    groups: tuple[Group, ...]
+    tokens: int
+    """T, without the filling tokens at the end."""
+    filled: int
+    """Rows computed: T, or the smallest number of rows that the kernels take."""
+    rows: int
+    """B."""
+    longest: int
+    positions: Tensor
+    """int64[filled], 0-based position of each token in its text."""
+    starts: Tensor
+    """int32[B + 1], first token of each text and T at the end (cu_seqlens)."""
+
+    @classmethod
+    def of(cls, lengths: NDArray[np.int32], *, least_rows: int = 1, device: str = "cpu") -> "Layout":
+        """The layout of texts with these token counts, in order; equal neighbours form a group."""
+        starts = np.zeros(len(lengths) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=starts[1:])
+        tokens = int(starts[-1])
+        edges = np.flatnonzero(np.diff(lengths)) + 1
+        firsts = np.concatenate(([0], edges)) if len(lengths) else edges
+        lasts = np.concatenate((edges, [len(lengths)]))
+        groups = tuple(
+            Group(int(starts[first]), int(first), int(last - first), int(lengths[first]))
+            for first, last in zip(firsts, lasts, strict=True)
+        )
+        filled = max(tokens, least_rows)
+        positions = np.zeros(filled, dtype=np.int64)
+        positions[:tokens] = np.arange(tokens) - np.repeat(starts[:-1], lengths)
+        longest = int(lengths.max()) if len(lengths) else 0
+        return cls(
+            groups,
+            tokens,
+            filled,
+            len(lengths),
+            longest,
+            torch.from_numpy(positions).to(device),
+            torch.from_numpy(starts).to(device),
+        )
