@@ -8,6 +8,7 @@ import inspect
 import sys
 import sysconfig
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,8 @@ def _sources(library: Path, *, everything: bool) -> list[Path]:
 
 def _docstrings_of(path: Path, library: Path) -> Iterator[Docstring]:
     try:
-        module = ast.parse(path.read_bytes())
+        with warnings.catch_warnings(action="ignore"):  # of invalid escapes, which are not ours to mend
+            module = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return  # the standard library ships files that are broken on purpose, as input of its tests
     parts = list(path.relative_to(library).with_suffix("").parts)

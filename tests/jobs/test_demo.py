@@ -1,0 +1,72 @@
+"""The demo's docstrings: which, in what order, under what names; and the whole demo on real ones."""
+
+import sysconfig
+import textwrap
+from pathlib import Path
+
+from gemb.jobs import demo
+from gemb.jobs.demo import Docstring, docstrings
+
+LONG = "It says enough to be found by what it means, and not only by its name."
+
+
+METHOD = f'''def method(self):
+    """{LONG}
+
+    More.
+    """
+'''
+
+
+def function(name: str) -> str:
+    return f'def {name}():\n    """{LONG}"""\n'
+
+
+def inside(block: str) -> str:
+    return textwrap.indent(block, "    ")
+
+
+def library(tmp_path: Path) -> Path:
+    """A small library with everything that matters to the order."""
+    files = {
+        "b.py": f'"""{LONG}"""\n{function("later")}{function("_hidden")}',
+        "a/__init__.py": f'"""{LONG}"""\n',
+        "a/deep.py": f'class C:\n    """{LONG}"""\n{inside(METHOD)}',
+        "c.py": f"try:\n    import x\nexcept OSError:\n{inside(function('f'))}else:\n{inside(function('f'))}",
+        "d.py": 'def short():\n    """Too short."""\n',
+        "broken.py": "def (:\n",
+        "_e.py": f'"""{LONG}"""\n',
+        "surrogate.py": f'"""{LONG} \\ud800"""\n',
+        "test/t.py": f'"""{LONG}"""\n',
+        "site-packages/s.py": f'"""{LONG}"""\n',
+    }
+    for name, content in files.items():
+        path = tmp_path / "lib" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, "utf-8")
+    return tmp_path / "lib"
+
+
+def test_public_names_come_first_in_a_fixed_order(tmp_path: Path) -> None:
+    found = list(docstrings(library(tmp_path)))
+    assert [one.name for one in found] == [
+        "a", "a.deep.C", "a.deep.C.method", "b", "b.later", "c.f", "c.f#2", "_e", "b._hidden",
+    ]  # fmt: skip
+    assert found[2] == Docstring("a.deep.C.method", f"{LONG}\n\nMore.")
+
+
+def test_everything_adds_the_tests_but_never_installed_packages(tmp_path: Path) -> None:
+    some, every = (list(docstrings(library(tmp_path), everything=one)) for one in (False, True))
+    assert {one.name for one in every} - {one.name for one in some} == {"test.t"}
+
+
+def test_the_standard_library_fills_the_demo() -> None:
+    names = []
+    for found in docstrings(Path(sysconfig.get_path("stdlib"))):
+        names.append(found.name)
+    assert len(names) >= 4000
+    assert len(set(names)) == len(names)
+    assert {"getpass.getpass", "statistics.median", "queue.PriorityQueue"} & set(names[: demo.DOCUMENTS]) == {
+        "statistics.median",
+        "queue.PriorityQueue",
+    }  # getpass.getpass is getpass.unix_getpass by another name
