@@ -28,19 +28,21 @@ NOTHING = End()
 class AppendFile:
     """A header of fixed size, then content up to an `End`.
 
-    Opening cuts off what lies after `end`, and checks what lies before it.
+    Opening cuts off what lies after `end`, and checks what lies before it. `work` is the folder of the
+    whole job, which a damaged file makes useless.
 
     Raises GembError where the file is shorter than `end`, or its content is not what was written.
     """
 
-    def __init__(self, path: Path, header: bytes = b"", end: End = NOTHING) -> None:
+    def __init__(self, path: Path, work: Path, header: bytes = b"", end: End = NOTHING) -> None:
         self.path = path
+        self.work = work
         self._offset = len(header)
         with os_errors_explained(path):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 if os.fstat(self._descriptor).st_size < self._offset + end.bytes and end.bytes:
-                    raise GembError(f"{path} is shorter than it was; remove {path.parent} to start again")
+                    raise GembError(f"{path} is shorter than it was; remove {work} to start again")
                 os.ftruncate(self._descriptor, self._offset + end.bytes)
                 write_fully(self._descriptor, memoryview(header), 0)
                 self._check(end)
@@ -94,7 +96,7 @@ class AppendFile:
         if position != last or crc != end.crc32:
             raise MachineError(
                 f"{self.path} does not hold what was written to it; "
-                f"check the disk, then remove {self.path.parent} to start again"
+                f"check the disk, then remove {self.work} to start again"
             )
 
     def close(self) -> None:

@@ -108,10 +108,10 @@ def to_int8(vectors: NDArray[np.float32], ranges: Int8Ranges) -> tuple[NDArray[n
     scaled = np.subtract(vectors, ranges.minimum, dtype=np.float32)
     scaled /= steps
     np.floor(scaled, out=scaled)
-    codes = np.clip(scaled, 0, 255)
-    clipped = int(np.count_nonzero(codes != scaled))
-    codes -= 128
-    return codes.astype(np.int8), clipped
+    np.clip(scaled, 0, 255, out=scaled)
+    scaled -= 128
+    outside = np.count_nonzero(vectors < ranges.minimum) + np.count_nonzero(vectors > ranges.maximum)
+    return scaled.astype(np.int8), int(outside)
 
 
 def from_int8(codes: NDArray[np.int8], ranges: Int8Ranges) -> NDArray[np.float32]:

@@ -192,11 +192,13 @@ class _FileSink:
 class _MatrixFiles:
     """Rows under a header in one file, and their ids, one a line, in another."""
 
-    def __init__(self, kind: Kind, layout: Layout, data: Path, ids: Path, start: Position) -> None:
+    def __init__(
+        self, kind: Kind, layout: Layout, work: Path, data: Path, ids: Path, start: Position
+    ) -> None:
         self._kind = kind
         self._layout = layout
-        self._data = AppendFile(data, header_bytes(kind, layout, 0), start.data)
-        self._ids = AppendFile(ids, b"", start.ids)
+        self._data = AppendFile(data, work, header_bytes(kind, layout, 0), start.data)
+        self._ids = AppendFile(ids, work, b"", start.ids)
 
     def write(self, position: Position, ids: Sequence[str], stored: NDArray[Any], clipped: int) -> Position:
         ids_end = self._ids.write(position.ids, memoryview(id_lines(ids)))
@@ -225,7 +227,7 @@ class _MatrixSink(_FileSink):
 
     def __init__(self, target: Path, kind: Kind, work: Path, layout: Layout, start: Position) -> None:
         super().__init__(target, work, layout, start)
-        self._files = _MatrixFiles(kind, layout, work / DATA, work / IDS, start)
+        self._files = _MatrixFiles(kind, layout, work, work / DATA, work / IDS, start)
         fsync_folder(work)
 
     def _write(self, ids: Sequence[str], stored: NDArray[Any], clipped: int) -> None:
@@ -256,7 +258,7 @@ class _JsonlSink(_FileSink):
 
     def __init__(self, target: Path, work: Path, layout: Layout, start: Position) -> None:
         super().__init__(target, work, layout, start)
-        self._data = AppendFile(work / DATA, b"", start.data)
+        self._data = AppendFile(work / DATA, work, b"", start.data)
         fsync_folder(work)
 
     def _write(self, ids: Sequence[str], stored: NDArray[Any], clipped: int) -> None:
@@ -289,8 +291,8 @@ class _ParquetSink(_FileSink):
 
     def __init__(self, target: Path, work: Path, layout: Layout, start: Position) -> None:
         super().__init__(target, work, layout, start)
-        self._data = AppendFile(work / DATA, b"", start.data)
-        self._ids = AppendFile(work / IDS, b"", start.ids)
+        self._data = AppendFile(work / DATA, work, b"", start.data)
+        self._ids = AppendFile(work / IDS, work, b"", start.ids)
         fsync_folder(work)
 
     def _write(self, ids: Sequence[str], stored: NDArray[Any], clipped: int) -> None:
@@ -379,7 +381,7 @@ class _ShardsSink(_FileSink):
     def _files(self, part: int, start: Position) -> _MatrixFiles:
         if part not in self._open:
             data = self._folder / part_name(part)
-            self._open[part] = _MatrixFiles("npy", self.layout, data, ids_path(data), start)
+            self._open[part] = _MatrixFiles("npy", self.layout, self.work, data, ids_path(data), start)
         return self._open[part]
 
     def _write(self, ids: Sequence[str], stored: NDArray[Any], clipped: int) -> None:
@@ -544,8 +546,9 @@ def id_lines(ids: Sequence[str]) -> bytes:
     Raises GembError for an id with a line break, of any kind that Python's `splitlines` knows.
     """
     text = "\n".join([*ids, ""])
-    if len(text.splitlines()) != len(ids):
-        broken = next(id_ for id_ in ids if len(f"{id_}\n".splitlines()) > 1)
+    # A carriage return at the end of an id would pass for a part of the newline after it.
+    if len(text.splitlines()) != len(ids) or "\r" in text:
+        broken = next(id_ for id_ in ids if "\r" in id_ or len(f"{id_}\n".splitlines()) > 1)
         raise GembError(
             f"id {broken!r} holds a line break, but .ids.txt has one id a line; write .jsonl or .parquet"
         )

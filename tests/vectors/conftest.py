@@ -17,7 +17,8 @@ def unit_rows() -> Rows:
 
     def make(rows: int, dims: int) -> NDArray[np.float32]:
         vectors = np.random.default_rng(7).standard_normal((rows, dims), dtype=np.float32)
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors
 
     return make
 
