@@ -1,0 +1,77 @@
+"""How far a job of `gemb embed` is, told to whoever watches it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from gemb.jobs.writing import Counts
+from gemb.report import Event, OnProgress
+from gemb.text.inputs import InputFile
+
+BLOCK_BYTES = 1 << 20
+STAGE = "embedding"
+
+
+class Watch:
+    """The progress of a job: records written, and texts that are computed and on their way."""
+
+    def __init__(self, on_progress: OnProgress) -> None:
+        self._on_progress = on_progress
+        self._lock = threading.Lock()
+        self._total: int | None = None
+        self._records = 0
+        self._texts = self._texts_written = 0
+        self._tokens = 0
+
+    def begin(self, counts: Counts, inputs: Sequence[InputFile]) -> None:
+        """Start from what earlier runs did; the inputs are counted meanwhile, where that is cheap."""
+        self._records = counts.records
+        self._texts = self._texts_written = counts.computed_texts
+        if all(_has_a_record_a_line(file) for file in inputs):
+            threading.Thread(target=self._count, args=(inputs,), name="gemb-counter", daemon=True).start()
+        self._show()
+
+    def computed(self, texts: int, tokens: int) -> None:
+        """So many texts and tokens were just computed."""
+        with self._lock:
+            self._texts += texts
+            self._tokens += tokens
+        self._show()
+
+    def written(self, counts: Counts) -> None:
+        """A window was written."""
+        with self._lock:
+            self._records = counts.records
+            self._texts_written = counts.computed_texts
+        self._show()
+
+    def note(self, line: str) -> None:
+        """Tell people one line at once."""
+        self._show(line)
+
+    def _show(self, note: str = "") -> None:
+        with self._lock:
+            done = self._records + max(0, self._texts - self._texts_written)
+            if self._total is not None:
+                done = min(done, self._total)
+            event = Event(STAGE, done, self._total, tokens=self._tokens, note=note)
+        self._on_progress(event)
+
+    def _count(self, inputs: Sequence[InputFile]) -> None:
+        """Count the records by their line ends; blank lines count too, so it may be a few too many."""
+        total = 0
+        for file in inputs:
+            if file.path is None:
+                return
+            last = b"\n"
+            with file.path.open("rb", buffering=0) as stream:
+                while block := stream.read(BLOCK_BYTES):
+                    total += block.count(b"\n")
+                    last = block[-1:]
+            total += last != b"\n"
+        self._total = total
+
+
+def _has_a_record_a_line(file: InputFile) -> bool:
+    return file.format in ("jsonl", "text") and file.compression == "none" and not file.is_stream
