@@ -5,6 +5,7 @@ float32, float16, the bit pattern of bfloat16 (uint16), int8, or K / 8 bytes of 
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,7 @@ KIND_OF_SUFFIX: dict[str, Kind] = {
 BIN_DTYPES: dict[str, DType] = {".fbin": "f32", ".i8bin": "int8", ".u8bin": "binary"}
 MANIFEST = "manifest.json"
 SHARDS_FORMAT = "gemb shards 1"
+SHARD_ENDING = re.compile(r"\.shard-\d{5,}-of-\d{5,}")
 PART_BYTES = 1 << 30
 
 
@@ -160,7 +162,8 @@ def kind_of(output: Path | str) -> Kind:
     if str(output) == "-":
         return "stream"
     path = Path(output)
-    if str(output).endswith(("/", os.sep)) or not path.suffix or path.is_dir():
+    is_named_folder = str(output).endswith(("/", os.sep)) or not path.suffix
+    if is_named_folder or SHARD_ENDING.fullmatch(path.suffix) or path.is_dir():
         return "shards"
     kind = KIND_OF_SUFFIX.get(path.suffix.lower())
     if kind is None:

@@ -115,7 +115,7 @@ def find_parts(output: Path | str) -> list[ShardPart]:
     """
     base = shard_path(output, 0, 1).name
     pattern = re.compile(
-        re.escape(base).replace(r"00000\-of\-00001", r"(\d{5})-of-(\d{5})") + re.escape(TABLE_ENDING)
+        re.escape(base).replace(r"00000\-of\-00001", r"(\d{5,})-of-(\d{5,})") + re.escape(TABLE_ENDING)
     )
     folder = Path(output).parent
     found = [

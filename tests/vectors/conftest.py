@@ -1,5 +1,6 @@
 """Rows to write, and what a folder holds."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,12 @@ from numpy.typing import NDArray
 
 Rows = Callable[[int, int], NDArray[np.float32]]
 Contents = Callable[[Path], dict[str, bytes]]
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here depends on the disk itself; that files are synced, and when, tests/test_files.py shows."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ RANGES = Int8Ranges(np.zeros(8, np.float32), np.ones(8, np.float32))
         ("docs.safetensors", "safetensors"),
         ("docs.u8bin", "fbin"),
         ("docs", "shards"),
+        ("docs.shard-00003-of-00016", "shards"),
         ("docs.npy/", "shards"),
         ("-", "stream"),
     ],

@@ -593,3 +593,37 @@ def test_the_work_folder_is_emptied_of_nothing_else(tmp_path: Path) -> None:
     (work / "job.json").write_text("{}")
     sinks_module.open_sink(tmp_path / "docs.npy", work, Layout(DIMS)).close()
     assert sorted(path.name for path in work.iterdir()) == ["data", "ids.txt", "job.json"]
+
+
+# Order of what reaches the disk
+
+
+@pytest.mark.parametrize("output", ["docs.npy", "docs.jsonl", "docs.parquet", "docs"])
+def test_rows_are_on_the_disk_before_a_position_and_files_before_their_names(
+    tmp_path: Path, unit_rows: Rows, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    steps: list[tuple[str, str]] = []
+    replace = os.replace
+
+    def fsync(descriptor: int) -> None:
+        steps.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+
+    def renamed(source: Path, target: Path) -> None:
+        steps.append(("rename", Path(target).name))
+        replace(source, target)
+
+    vectors = unit_rows(40, DIMS)
+    sink = open_sink(tmp_path / output, tmp_path / "work", layout_for(output, vectors))
+    append_from(sink, vectors, 40)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", renamed)
+    sink.sync()
+    rows = {"docs": {"part-00000.npy", "part-00000.ids.txt"}, "docs.jsonl": {"data"}}
+    assert {name for _, name in steps} >= rows.get(output, {"data", "ids.txt"})
+    steps.clear()
+    sink.finish()
+    first = steps.index(("rename", output if output != "docs.npy" else "docs.ids.txt"))
+    sealed = {"docs": "manifest.json", "docs.parquet": "table.parquet"}.get(output, "data")
+    synced = [name for step, name in steps[:first] if step == "fsync"]
+    assert any(sealed in name for name in synced)  # a temporary name holds the final one
+    assert steps[-1] == ("fsync", tmp_path.name)
