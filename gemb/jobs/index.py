@@ -129,7 +129,7 @@ def run(
             return embedded
         if (folder / RECORD).exists() and _is_whole(folder):
             done = f"{folder}: already done; nothing has changed"
-            return Report(title=done, rows=embedded.rows, data=embedded.data, outputs=[folder])
+            return Report(title=done, rows=_rows(embedded), data=embedded.data, outputs=[folder])
         _write_documents(recipe, folder, on_progress)
         made = read_json(folder / VECTORS / RECORD)
         record = {
@@ -146,7 +146,7 @@ def run(
         write_json(folder / RECORD, record)
     return Report(
         title=f"indexed {record['rows']:,} documents into {folder}",
-        rows=embedded.rows,
+        rows=_rows(embedded),
         data={**embedded.data, "rows": record["rows"], "fingerprint": record["fingerprint"]},
         outputs=[folder],
         exit_code=embedded.exit_code,
@@ -233,6 +233,11 @@ def _embed_recipe(recipe: IndexRecipe) -> embed.EmbedRecipe:
         output=(recipe.output or Path()) / VECTORS,
         normalise=True,  # a dot product is then the cosine
     )
+
+
+def _rows(embedded: Report) -> list[tuple[str, str]]:
+    """What the embedding has to say to people; its files are parts of the index and no use alone."""
+    return [row for row in embedded.rows if row[0] != "files"]
 
 
 def _model_name(recipe: IndexRecipe) -> str:
