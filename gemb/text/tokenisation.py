@@ -39,6 +39,9 @@ from gemb.errors import GembError, MismatchError, UnavailableError
 # Real text has 3 to 6 characters a token; a text with more than this is tried again with a longer piece.
 _CHARACTERS_PER_TOKEN = 16
 _SPARE_CHARACTERS = 2048  # so that the piece also holds the margin of `_settled` for a tiny max_tokens
+# A single word of so many characters ends there: the library needs 0.5 s for a million of them, and on ten
+# million spaces the regular expressions of byte-level tokenisers give up with a panic.
+_MOST_CHARACTERS = 1 << 20
 _SLICE_CHARACTERS = (
     1 << 20
 )  # the library's encodings take some 100 bytes a token; a window is not held in them
@@ -208,7 +211,8 @@ class Tokeniser:
         """The token ids of rendered texts, in order. `prompt_tokens` is handed through.
 
         Of a text of more than 16 characters a token allowed, only as much is tokenised as settles the tokens
-        that are kept: see `_settled`. The kept ids do not depend on that.
+        that are kept (see `_settled`): the kept ids do not depend on that. Only a text whose first million
+        characters settle too few, such as one word of that length, loses what stands behind them.
 
         Raises GembError for a text with a lone surrogate; MismatchError for an id outside the model's table.
         """
@@ -264,6 +268,7 @@ class Tokeniser:
             rows = [encoding.ids for encoding in self._backend.encode_batch_fast(pieces)]
             for row in long:
                 rows[row], at_least[offset + row] = self._encode_beginning(texts[row], limit)
+                lost[offset + row] = at_least[offset + row]  # raised below by what is cut off
         except TypeError as error:
             raise _surrogate(texts, offset, error) from error
         if self._table_rows is not None:
@@ -302,9 +307,9 @@ class Tokeniser:
         wanted = self.max_tokens - self.special_tokens
         while limit < len(text):
             encoding = self._backend.encode(text[:limit], add_special_tokens=False)
-            if self._settled(encoding, wanted, limit):
+            if limit >= _MOST_CHARACTERS or self._settled(encoding, wanted, limit):
                 return self._before + encoding.ids + self._after, True
-            limit *= 4
+            limit = min(limit * 4, max(limit, _MOST_CHARACTERS))
         return self._backend.encode(text).ids, False
 
     def _settled(self, encoding: Encoding, wanted: int, characters: int) -> bool:
@@ -315,7 +320,7 @@ class Tokeniser:
 
         - Between two words of the pre-tokeniser, with two more words behind. All published pre-tokenisers
           go from left to right and look ahead at most to the next word, but for those that group digits
-          from the right: so not between digits.
+          from the right: there not between digits.
         - Inside a word of a BPE model, after token t, if for each token w with which the rest of the word
           can start, the word tw is encoded as t, w. For no merge can cross such a boundary: take the first
           that does. All merges before it happened on one side, and those in t and w in the same order as
@@ -332,7 +337,8 @@ class Tokeniser:
         first = max(wanted, 1)
         for boundary in range(first, last):
             if tokens.starts_word(boundary) and tokens.words_after(boundary) >= 2:
-                if not (tokens[boundary - 1][-1:].isdigit() and tokens[boundary][:1].isdigit()):
+                between_digits = tokens[boundary - 1][-1:].isdigit() and tokens[boundary][:1].isdigit()
+                if not between_digits or self._groups_digits_from_the_left:
                     return True
         model = self._backend.model
         for boundary in range(first, min(last, first + _BOUNDARIES_TRIED)):
@@ -368,6 +374,23 @@ class Tokeniser:
             self._backend.token_to_id(left[-before:] + right[:after]) is not None
             for before in range(1, len(left) + 1)
             for after in range(1, min(len(right), longest - before) + 1)
+        )
+
+    @cached_property
+    def _groups_digits_from_the_left(self) -> bool:
+        """True if the first word of a run of digits does not depend on the length of the run."""
+        runs = [self._backend.encode("7" * count, add_special_tokens=False) for count in (7, 8, 9)]
+        return (
+            len(
+                {
+                    max(
+                        (end for word, (_, end) in zip(run.word_ids, run.offsets, strict=True) if word == 0),
+                        default=0,
+                    )
+                    for run in runs
+                }
+            )
+            == 1
         )
 
     @cached_property
@@ -511,7 +534,7 @@ def _build_like_transformers(backend: Tokenizer, config: Mapping[str, Any], mode
             strip_accents=config.get("strip_accents"),
             lowercase=config.get("do_lower_case", True),
         )
-    is_llama = name == "LlamaTokenizer" or (name is None and model_type == "llama")
+    is_llama = name == "LlamaTokenizer"
     is_byte_level = isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel | pre_tokenizers.Sequence)
     if is_llama and not is_byte_level and isinstance(backend.model, models.BPE):
         add_space = config.get("add_prefix_space")
