@@ -32,8 +32,8 @@ class Reach:
         return f"window −{self.left} to +{self.right}"
 
 
-_FULL = Reach(None, None)
-_CAUSAL = Reach(None, 0)
+FULL = Reach(None, None)
+CAUSAL = Reach(None, 0)
 
 
 def reach_of_layers(config: Mapping[str, Any]) -> tuple[Reach, ...] | None:
@@ -43,7 +43,7 @@ def reach_of_layers(config: Mapping[str, Any]) -> tuple[Reach, ...] | None:
     """
     family = str(config.get("model_type"))
     if family in _ENCODERS:
-        return (_FULL,) * _layers(config)
+        return (FULL,) * _layers(config)
     rule = _RULES.get(family)
     if rule is None:
         return None
@@ -75,7 +75,7 @@ def _gemma3(config: Mapping[str, Any]) -> tuple[Reach, Reach]:
     if config.get("use_bidirectional_attention"):
         # The flag halves the window when the config is read; is_causal=false beside it adds one.
         radius = window // 2 + (config.get("is_causal") is False)
-        return _FULL, Reach(radius, radius)
+        return FULL, Reach(radius, radius)
     return _by_causality(config)
 
 
@@ -83,25 +83,25 @@ def _by_causality(config: Mapping[str, Any]) -> tuple[Reach, Reach]:
     """A decoder: an encoder only with `is_causal: false`, and then with the whole window on both sides."""
     window = int(config.get("sliding_window") or 4096)
     if config.get("is_causal") is False:
-        return _FULL, Reach(window, window)
-    return _CAUSAL, Reach(window - 1, 0)
+        return FULL, Reach(window, window)
+    return CAUSAL, Reach(window - 1, 0)
 
 
 def _radius(config: Mapping[str, Any]) -> tuple[Reach, Reach]:
     """T5Gemma's encoder and EmbeddingGemma 2: the window is a radius."""
     window = int(config.get("sliding_window") or {"t5gemma": 4096}.get(str(config.get("model_type")), 512))
-    return _FULL, Reach(window, window)
+    return FULL, Reach(window, window)
 
 
 def _t5gemma2(config: Mapping[str, Any]) -> tuple[Reach, Reach]:
     """T5Gemma 2's encoder: half the window on each side, one less on the left."""
     window = int(config.get("sliding_window") or 4096)
-    return _FULL, Reach((window + 1) // 2 - 1, window // 2)
+    return FULL, Reach((window + 1) // 2 - 1, window // 2)
 
 
 def _modernbert(config: Mapping[str, Any]) -> tuple[Reach, Reach]:
     radius = int(config.get("local_attention") or 128) // 2
-    return _FULL, Reach(radius, radius)
+    return FULL, Reach(radius, radius)
 
 
 _RULES = {

@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemb.model.attention import FULL, Reach
 from gemb.model.kernels import (
     Kernels,
     Linear,
     Rotary,
-    Window,
     add_normed_,
-    attend,
     interleave,
     inverse_rms,
     rms_norm,
     turn,
 )
 from gemb.model.layout import Layout
+from gemb.model.packed_attention import attend
 
 
 class Backbone(Protocol):
@@ -61,8 +61,7 @@ class AttentionShape:
     scale: float
     """Multiplies the scores."""
     rotary: Rotary
-    causal: bool = False
-    window: Window | None = None
+    reach: Reach = FULL
     softcap: float | None = None
 
 
@@ -154,9 +153,8 @@ class Attention:
             queries_keys[:, shape.heads :],
             values,
             layout,
-            causal=shape.causal,
-            window=shape.window,
-            softcap=shape.softcap,
+            shape.reach,
+            shape.softcap,
         )
 
 

@@ -1,4 +1,4 @@
-"""The operators of the packed forward: linear layers, norms, rotary positions, attention.
+"""The operators of the packed forward: linear layers, norms, rotary positions.
 
 T packed tokens, D width, H query heads, G key/value heads, C channels of a head.
 
@@ -11,18 +11,15 @@ the batch. oneDNN picks how it sums over the inputs by the number of rows; withi
 `_row_limits` it is one way, so that products of more rows are cut and products of fewer are filled.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemb.device import compute_capability
-from gemb.model.layout import Group, Layout
+from gemb.model.layout import Layout
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
 _POINTWISE = {
@@ -31,9 +28,6 @@ _POINTWISE = {
     "silu": ("swish", ""),
     "relu": ("relu", ""),
 }
-
-Window = tuple[int, int]
-"""(left, right): token i sees token j if i - left <= j <= i + right."""
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -209,14 +203,14 @@ class Rotary:
 
     def at(self, layout: Layout) -> Tensor:
         """The turns of each token of a batch, complex64[T, 1, C/2]."""
-        if len(self._table) < layout.longest or self._table.device != layout.positions.device:
+        table = self._table  # by name: another thread may put a shorter one in its place meanwhile
+        if len(table) < layout.longest or table.device != layout.positions.device:
             size = 1 << max(8, (layout.longest - 1).bit_length())
             # transformers multiplies fp32 positions and frequencies; so do we, for equal angles.
             angles = torch.arange(size).float()[:, None] * self._frequencies.float()
-            self._table = torch.polar(torch.full_like(angles, self._factor), angles).to(
-                layout.positions.device
-            )
-        return self._table[layout.positions][:, None]
+            table = torch.polar(torch.full_like(angles, self._factor), angles).to(layout.positions.device)
+            self._table = table
+        return table[layout.positions][:, None]
 
 
 def interleave(channels: int) -> Tensor:
@@ -228,132 +222,3 @@ def turn(heads: Tensor, turns: Tensor) -> Tensor:
     """heads[T, H, C], fp32 and contiguous in C, turned by complex `turns`[T, 1, C/2]."""
     pairs = torch.view_as_complex(torch.unflatten(heads, -1, (-1, 2)))
     return torch.view_as_real(pairs * turns).flatten(-2)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    *,
-    scale: float = 1.0,
-    causal: bool = False,
-    window: Window | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Attention within each text of a packed batch, [T, H * C]; q[T, H, C], k and v[T, G, C].
-
-    `window` limits the reach, `causal` cuts what comes later, `softcap` c squeezes scores to c tanh(s / c).
-    """
-    if window is not None and max(window) >= layout.longest - 1 and min(window) >= layout.longest - 1:
-        window = None
-    if q.is_cuda:
-        packed = _attend_varlen(q, k, v, layout, scale, causal, window, softcap)
-        if packed is not None:
-            return packed
-    parts = [
-        _attend_group(
-            _texts(q, group), _texts(k, group), _texts(v, group), scale, causal, window, softcap
-        )
-        for group in layout.groups
-    ]
-    if layout.filled > layout.tokens:
-        parts.append(q.new_zeros(layout.filled - layout.tokens, q.shape[1] * q.shape[2]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _texts(x: Tensor, group: Group) -> Tensor:
-    """x[T, ...] -> the texts of a group, [N, L, ...]."""
-    return torch.unflatten(x[group.start : group.stop], 0, (group.rows, group.length))
-
-
-_QUERY_BLOCK = 128
-"""Queries of one piece in a windowed layer: small enough to skip most keys, large enough for the product."""
-
-
-def _attend_group(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: Window | None, softcap: float | None
-) -> Tensor:
-    """Attention of texts of one length: q[N, L, H, C], k and v[N, L, G, C] -> [N * L, H * C]."""
-    length = q.shape[1]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if window is None or (max(window) >= length - 1 and (causal or min(window) >= length - 1)):
-        mixed = _attention(q, k, v, scale, None, causal, softcap)
-        return mixed.transpose(1, 2).flatten(2).flatten(0, 1)
-    left, right = window[0], 0 if causal else window[1]
-    pieces = []
-    for first in range(0, length, _QUERY_BLOCK):
-        last = min(first + _QUERY_BLOCK, length)
-        low, high = max(0, first - left), min(length, last + right)
-        mask = _band(last - first, high - low, first - low, left, right, str(q.device))
-        block = (q[:, :, first:last], k[:, :, low:high], v[:, :, low:high])
-        pieces.append(_attention(*block, scale, mask, False, softcap))
-    return torch.cat(pieces, dim=2).transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-@cache
-def _band(queries: int, keys: int, offset: int, left: int, right: int, device: str) -> Tensor | None:
-    """True where query i sees key j: offset + i - left <= j <= offset + i + right; None if everywhere."""
-    i = torch.arange(queries, device=device)[:, None] + offset
-    j = torch.arange(keys, device=device)
-    band = (j >= i - left) & (j <= i + right)
-    return None if bool(band.all()) else band
-
-
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool, softcap: float | None
-) -> Tensor:
-    """q[N, H, L, C], k and v[N, G, S, C] -> [N, H, L, C]."""
-    grouped = q.shape[1] != k.shape[1]
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal and q.shape[2] > 1, scale=scale, enable_gqa=grouped
-        )
-    if grouped:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return torch.softmax(scores.float(), dim=-1).to(v.dtype) @ v
-
-
-def _attend_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    scale: float,
-    causal: bool,
-    window: Window | None,
-    softcap: float | None,
-) -> Tensor | None:
-    """The same through FlashAttention on packed tokens; None where it does not apply.
-
-    It needs 16-bit inputs, heads of at most 256 channels, no softcap, and compute capability 8.0.
-    """
-    if q.dtype == torch.float32 or q.shape[2] > 256 or softcap is not None:
-        return None
-    if compute_capability(q.device) < (8, 0):
-        return None
-    from torch.nn.attention.varlen import varlen_attn
-
-    left, right = window or (-1, -1)
-    reach: Any = (left, 0 if causal else right)
-    starts, longest = layout.starts, layout.longest
-    tokens = layout.tokens
-    mixed = varlen_attn(
-        q[:tokens].contiguous(),
-        k[:tokens].contiguous(),
-        v[:tokens].contiguous(),
-        starts,
-        starts,
-        longest,
-        longest,
-        scale=scale,
-        window_size=reach,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    flat: Tensor = mixed.flatten(1)  # type: ignore[union-attr]
-    return flat if layout.filled == tokens else F.pad(flat, (0, 0, 0, layout.filled - tokens))

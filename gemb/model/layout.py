@@ -4,7 +4,8 @@ T tokens of B texts stand one after another, without padding. Texts of equal len
 attention handles a group of them in one call.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,8 @@ class Layout:
     """int64[filled], 0-based position of each token in its text."""
     starts: Tensor
     """int32[B + 1], first token of each text and T at the end (cu_seqlens)."""
+    masks: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Masks of packed attention that layers share, made at first use."""
 
     @classmethod
     def of(cls, lengths: NDArray[np.int32], *, least_rows: int = 1, device: str = "cpu") -> "Layout":

@@ -14,8 +14,9 @@ from torch import Tensor
 from gemb.model.blocks import Backbone, Projection, stacked
 from gemb.model.families import NotPacked, activation_of, prefix_of
 from gemb.model.families.gated import projection_of
-from gemb.model.kernels import Kernels, Linear, attend
+from gemb.model.kernels import Kernels, Linear
 from gemb.model.layout import Layout
+from gemb.model.packed_attention import attend
 from gemb.model.weights import Weights
 
 

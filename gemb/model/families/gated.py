@@ -84,8 +84,7 @@ def attention_shape(
         channels=channels,
         scale=channels**-0.5 if traits.score_scale is None else traits.score_scale,
         rotary=rotary,
-        causal=reach.right == 0,
-        window=None if reach.left is None or reach.right is None else (reach.left, reach.right),
+        reach=reach,
         softcap=traits.softcap,
     )
 
