@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gemb.model.encoder import PackedEncoder
 
 NARROW = 512
-"""Widths up to this many dims take larger batches on a CPU: a layer's activations then still fit its cache."""
+"""Widths up to this take larger batches on a CPU: the activations of a layer still fit its cache."""
 CPU_TOKENS_NARROW = 1024
 CPU_TOKENS_WIDE = 512
 GPU_TOKENS = 32_768
