@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, cast
 import orjson
 
 from gemb.errors import MismatchError, UnavailableError
-from gemb.model.identity import check_finite, content_digest
+from gemb.model.identity import content_digest
 from gemb.model.weights import Weights
 
 __all__ = [
@@ -24,8 +24,6 @@ __all__ = [
     "PoolingMode",
     "PoolingSettings",
     "Weights",
-    "check_finite",
-    "check_vocabulary",
     "fingerprint",
     "read_folder",
 ]
@@ -259,20 +257,6 @@ def fingerprint(folder: ModelFolder) -> str:
         },
     }
     return content_digest(weights, others, settings)
-
-
-def check_vocabulary(folder: ModelFolder, entries: int, embedding_rows: int) -> None:
-    """Return if a tokenizer of `entries` ids (added ones not counted) fits a table of `embedding_rows` rows.
-
-    A few added ids above the table are legal (Gemma's `<image_soft_token>`) as long as no text holds them.
-    Raises MismatchError otherwise.
-    """
-    if entries > embedding_rows:
-        raise MismatchError(
-            f"{folder.tokenizer_folder} has a tokenizer of {entries:,} entries, but the embedding table of "
-            f"{folder.transformer.folder} has {embedding_rows:,} rows; "
-            "tokenizer and weights are not of one model"
-        )
 
 
 def _has_weights(module: ModuleSpec) -> bool:

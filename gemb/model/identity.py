@@ -43,15 +43,6 @@ def content_digest(weights: Iterable[Weights], others: Iterable[Path], settings:
     return parts.hexdigest()
 
 
-def check_finite(weights: Weights) -> None:
-    """Return if every number of every tensor is finite.
-
-    Raises UnavailableError that names the file, the tensor and how many are not.
-    """
-    for name in weights:
-        _hash_tensor(weights.spec(name))
-
-
 def _digest_of_files(weights: list[Weights], others: list[Path]) -> str:
     total = hashlib.sha256()
     for place, one in enumerate(weights):

@@ -21,11 +21,10 @@ from gemb.model.folder import (
     ModelFolder,
     PoolingSettings,
     Weights,
-    check_finite,
-    check_vocabulary,
     fingerprint,
     read_folder,
 )
+from gemb.model.identity import content_digest
 from gemb.model.weights import TensorSpec
 
 if TYPE_CHECKING:
@@ -246,11 +245,11 @@ def test_a_number_that_is_not_finite_is_found_in_every_dtype(
 
     numbers = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)  # the largest finite number is fine
     save_torch({"layer.weight": numbers}, str(tmp_path / "model.safetensors"))
-    check_finite(Weights.read(tmp_path))
+    content_digest([Weights.read(tmp_path)], [], {})
     numbers[1, 2] = bad
     save_torch({"layer.weight": numbers}, str(tmp_path / "model.safetensors"))
     with pytest.raises(UnavailableError) as caught:
-        check_finite(Weights.read(tmp_path))
+        content_digest([Weights.read(tmp_path)], [], {})
     assert str(caught.value) == (
         f"{tmp_path}/model.safetensors is damaged: 1 of the 15 numbers of layer.weight are NaN or infinite; "
         "download the model again, or train it anew"
@@ -637,18 +636,6 @@ def test_a_folder_without_a_tokenizer_is_told(make_folder: FolderMaker) -> None:
     (path / "tokenizer.json").unlink()
     assert message(path, UnavailableError) == (
         "MODEL has no tokenizer: no tokenizer.json; download the model again"
-    )
-
-
-def test_a_tokenizer_larger_than_the_table_is_of_another_model(make_folder: FolderMaker) -> None:
-    folder = read_folder(make_folder())
-    check_vocabulary(folder, 31, 31)
-    check_vocabulary(folder, 31, 64)  # tables are padded to round sizes
-    with pytest.raises(MismatchError) as caught:
-        check_vocabulary(folder, 32, 31)
-    assert str(caught.value).replace(str(folder.path), "MODEL") == (
-        "MODEL has a tokenizer of 32 entries, but the embedding table of MODEL has 31 rows; "
-        "tokenizer and weights are not of one model"
     )
 
 
