@@ -50,6 +50,8 @@ KIND_OF_SUFFIX: dict[str, Kind] = {
 }
 BIN_DTYPES: dict[str, DType] = {".fbin": "f32", ".i8bin": "int8", ".u8bin": "binary"}
 MANIFEST = "manifest.json"
+RECORD = "gemb.json"
+"""What a job keeps inside a folder that it made: request and report."""
 SHARDS_FORMAT = "gemb shards 1"
 SHARD_ENDING = re.compile(r"\.shard-\d{5,}-of-\d{5,}")
 PART_BYTES = 1 << 30
@@ -223,7 +225,7 @@ def check_output(output: Path | str, layout: Layout) -> Kind:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises GembError unless `folder` is empty or holds just what a manifest of gemb lists."""
+    """Raises GembError unless `folder` is empty or holds just what a manifest of gemb lists, and a job's record."""
     if not folder.is_dir():
         raise GembError(f"{folder} is a file; a folder of parts cannot take its place, choose another output")
     names = {entry.name for entry in folder.iterdir()}
@@ -232,7 +234,7 @@ def check_replaceable(folder: Path) -> None:
     if MANIFEST not in names or read_json(folder / MANIFEST).get("format") != SHARDS_FORMAT:
         raise GembError(f"{folder} is not empty and was not written by gemb; choose another output")
     manifest = read_json(folder / MANIFEST)
-    strange = names - {MANIFEST, *(entry["file"] for entry in manifest.get("files", []))}
+    strange = names - {MANIFEST, RECORD, *(entry["file"] for entry in manifest.get("files", []))}
     if strange:
         raise GembError(
             f"{folder} holds files that gemb did not write ({', '.join(sorted(strange)[:5])}); "
