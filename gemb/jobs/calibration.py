@@ -125,8 +125,8 @@ class _HeldRows:
         self._dims = dims
         self._data_end = End(*resume_at["data"]) if resume_at else End()
         self._ids_end = End(*resume_at["ids"]) if resume_at else End()
-        self._data = AppendFile(work / "held.f32", end=self._data_end)
-        self._ids = AppendFile(work / "held.ids", end=self._ids_end)
+        self._data = AppendFile(work / "held.f32", work, end=self._data_end)
+        self._ids = AppendFile(work / "held.ids", work, end=self._ids_end)
 
     @property
     def rows(self) -> int:

@@ -64,6 +64,7 @@ def join(recipe: EmbedRecipe, watch: Watch, *, overwrite: bool) -> Report:
         sink = open_sink(output, work, layout)
         stack.callback(sink.close)
         rows = append_parts(parts, _WithoutRepeats(sink, seen, parts))
+        record_path(output).unlink(missing_ok=True)
         files = sink.finish()
         data: dict[str, Any] = {**records[0]["report"], "output": str(output), "shards": len(parts)}
         data |= {name: sum(record["report"][name] for record in records) for name in SUMMED}

@@ -13,13 +13,13 @@ from gemb.errors import Exit, GembError
 from gemb.files import read_json, write_json
 from gemb.jobs.request import InputIdentity, Request, refuse
 from gemb.report import Report
-from gemb.vectors.layout import OutputFile, kind_of
+from gemb.vectors.layout import RECORD, OutputFile, kind_of
 
 
 def record_path(output: Path) -> Path:
     """Where the record of an output is."""
     if kind_of(output) == "shards":
-        return output / "gemb.json"
+        return output / RECORD
     return output.with_name(output.name + ".gemb.json")
 
 

@@ -23,7 +23,7 @@ from gemb.errors import Exit, GembError, Interrupted
 from gemb.files import Journal, os_errors_explained, read_json, write_json
 from gemb.jobs.calibration import RowSink
 from gemb.jobs.interrupts import Interrupts
-from gemb.jobs.record import done_already, keep_record, versions
+from gemb.jobs.record import done_already, keep_record, record_path, versions
 from gemb.jobs.reporting import make_report
 from gemb.jobs.request import Request, refuse
 from gemb.jobs.seen import SeenIds
@@ -62,7 +62,7 @@ class Run:
         setup = self._setup
         with seen_ids(setup, None) as seen:
             sink = RowSink(STDOUT, Path(), setup.layout, None, dims=setup.dims, int8=False)
-            rejects = Rejects(None, State().rejects, self._watch.note)
+            rejects = Rejects(None, Path(), State().rejects, self._watch.note)
             state, _, more = self._embed(sink, rejects, None, seen, State())
             if state.counts.records == 0:
                 raise GembError(f"{self._names()}: no rows")
@@ -90,7 +90,7 @@ class Run:
                 int8=setup.recipe.dtype == "int8",
             )
             stack.callback(sink.close)
-            rejects = Rejects(setup.rejects_file, state.rejects, self._watch.note)
+            rejects = Rejects(setup.rejects_file, setup.work, state.rejects, self._watch.note)
             stack.callback(rejects.close)
             more = False
             if not complete:
@@ -104,6 +104,8 @@ class Run:
                 state = replace(state, sink=sink.settle())
                 journal.append({**state.as_entry(), "read": read, "complete": True})
             table = self._block_table(request, journal)
+            # The record of what stood there before is no record of what comes in its place.
+            record_path(setup.output).unlink(missing_ok=True)
             files = sink.finish()
             clipped = sink.clipped_values
         report = self._report(state.counts, files, more=more, clipped_values=clipped)

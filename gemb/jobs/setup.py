@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gemb.engine import Engine
+from gemb.engine.encoder import load_tokeniser
 from gemb.engine.opening import open_engine
 from gemb.errors import GembError, MismatchError
 from gemb.jobs.request import InputIdentity, Request
@@ -145,6 +146,8 @@ def prepare(recipe: EmbedRecipe, announce: Callable[[str], None] | None = None) 
                 "store f16 in the shards, or run one job on several --devices"
             )
         output = shard_path(output, *shard)
+    if str(output) != STDOUT and not output.absolute().parent.is_dir():
+        raise GembError(f"{output}: there is no folder {output.parent}; make it first")
     inputs = resolve_inputs(recipe.inputs, input_format=recipe.input_format)
     check_fields(
         inputs,
@@ -241,15 +244,7 @@ def _tokeniser(recipe: EmbedRecipe, folder: ModelFolder, name: str) -> Tokeniser
             f"--max-tokens {recipe.max_tokens:,} is more than the {folder.max_tokens:,} that {name} "
             "declares; pass --force to try it anyway"
         )
-    tokeniser = Tokeniser.load(
-        folder.tokenizer_folder,
-        max_tokens=recipe.max_tokens or folder.max_tokens,
-        lower_case=folder.do_lower_case,
-    )
-    vocabulary = folder.text_config.get("vocab_size")
-    if isinstance(vocabulary, int):
-        tokeniser.check_vocabulary(vocabulary)
-    return tokeniser
+    return load_tokeniser(folder, recipe.max_tokens)
 
 
 OpenEngine = Callable[[Setup, Callable[[str], None]], Engine]

@@ -123,15 +123,19 @@ class Limits:
 
 
 class Rejects:
-    """The file of rejected rows, made when the first one comes; without a path they are told to `tell`."""
+    """The file of rejected rows, made when the first one comes; without a path they are told to `tell`.
 
-    def __init__(self, path: Path | None, end: End, tell: Callable[[str], None]) -> None:
+    `work` is the job's work folder, and `end` where its journal says that the file ends.
+    """
+
+    def __init__(self, path: Path | None, work: Path, end: End, tell: Callable[[str], None]) -> None:
         self.path = path
+        self._work = work
         self._tell = tell
         self._end = end
         self._file: AppendFile | None = None
         if path is not None and end.bytes:
-            self._file = AppendFile(path, end=end)
+            self._file = AppendFile(path, work, end=end)
         elif path is not None:
             path.unlink(missing_ok=True)  # of an earlier job, or of rows that will be read again
 
@@ -142,7 +146,7 @@ class Rejects:
                 self._tell(f"rejected {refusal}")
             return
         if refusals:
-            self._file = self._file or AppendFile(self.path)
+            self._file = self._file or AppendFile(self.path, self._work)
             lines = b"".join(orjson.dumps(refusal, option=orjson.OPT_APPEND_NEWLINE) for refusal in refusals)
             self._end = self._file.write(self._end, memoryview(lines))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from gemb.engine import BatchFailure, Engine, run_batches
 from gemb.engine.workers import ProcessEngine, WorkerBug
@@ -32,7 +33,7 @@ def batches(count: int, *, begin: int = 20) -> list[Batch]:
 
 
 def check(pieces: Iterator[tuple[Batch, object]], count: int) -> None:
-    found = {}
+    found: dict[int, NDArray[np.float32]] = {}
     for batch, result in pieces:
         assert isinstance(result, np.ndarray), result
         found.update(zip(batch.rows.tolist(), result, strict=True))
