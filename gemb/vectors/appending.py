@@ -25,6 +25,13 @@ class End(NamedTuple):
 NOTHING = End()
 
 
+def damaged(path: Path, work: Path) -> MachineError:
+    """The error for a file of a job's folder `work` whose content is not what was written."""
+    return MachineError(
+        f"{path} does not hold what was written to it; check the disk, then remove {work} to start again"
+    )
+
+
 class AppendFile:
     """A header of fixed size, then content up to an `End`.
 
@@ -65,6 +72,11 @@ class AppendFile:
         with os_errors_explained(self.path):
             sync_to_disk(self._descriptor)
 
+    def cut(self, end: End) -> None:
+        """Ends the file at `end`; what a failed write left behind it goes."""
+        with os_errors_explained(self.path):
+            os.ftruncate(self._descriptor, self._offset + end.bytes)
+
     def seal(self, end: End, header: bytes = b"") -> str:
         """Ends the file at `end`, under the final header (of the same length), on the disk; reads it back.
 
@@ -73,7 +85,7 @@ class AppendFile:
         if len(header) != self._offset:
             raise ValueError(f"the header had {self._offset} bytes, now {len(header)}")
         with os_errors_explained(self.path):
-            os.ftruncate(self._descriptor, self._offset + end.bytes)
+            self.cut(end)
             write_fully(self._descriptor, memoryview(header), 0)
             sync_to_disk(self._descriptor)
             digest = hashlib.sha256(header)
@@ -94,10 +106,7 @@ class AppendFile:
             crc = zlib.crc32(chunk, crc)
             position += len(chunk)
         if position != last or crc != end.crc32:
-            raise MachineError(
-                f"{self.path} does not hold what was written to it; "
-                f"check the disk, then remove {self.work} to start again"
-            )
+            raise damaged(self.path, self.work)
 
     def close(self) -> None:
         """Closes the file; what was synced stays."""

@@ -6,8 +6,8 @@ B rows (texts), D model width, K kept dims.
 import numpy as np
 from numpy.typing import NDArray
 
-# Outside this range the square of a coordinate loses bits (or all of them) in float32.
-SAFE_NORM = (1e-15, 1e15)
+# Between these the sum of squares loses nothing to float32's range.
+SAFE_SQUARES = (1e-30, 1e30)
 
 
 def bad_rows(vectors: NDArray[np.floating]) -> NDArray[np.int64]:
@@ -15,8 +15,10 @@ def bad_rows(vectors: NDArray[np.floating]) -> NDArray[np.int64]:
 
     One such row can ruin every ranking it takes part in, so none is written.
     """
-    largest = np.abs(vectors).max(axis=1, initial=0)  # [B]; NaN wins every maximum
-    return np.flatnonzero(~np.isfinite(largest) | (largest == 0))
+    suspects = np.flatnonzero(~is_safe(squared_norms(vectors)))
+    largest = np.abs(vectors[suspects]).max(axis=1, initial=0)  # NaN wins every maximum
+    bad: NDArray[np.int64] = suspects[~np.isfinite(largest) | (largest == 0)]
+    return bad
 
 
 def cut(vectors: NDArray[np.floating], dims: int, *, normalise: bool) -> NDArray[np.float32]:
@@ -32,14 +34,25 @@ def cut(vectors: NDArray[np.floating], dims: int, *, normalise: bool) -> NDArray
     kept = np.array(vectors[:, :dims], dtype=np.float32, order="C")  # [B, dims]
     if not normalise:
         return kept
-    with np.errstate(over="ignore", under="ignore"):
-        norms = np.sqrt(np.square(kept).sum(axis=1))  # [B]
-    odd = ~((norms > SAFE_NORM[0]) & (norms < SAFE_NORM[1]))
-    norms[odd] = 1
-    kept /= norms[:, None]
+    squares = squared_norms(kept)
+    odd = ~is_safe(squares)
+    squares[odd] = 1
+    kept /= np.sqrt(squares)[:, None]
     for row in np.flatnonzero(odd):
         exact = kept[row].astype(np.float64)
         norm = np.sqrt(np.square(exact).sum())
         if norm > 0 and np.isfinite(norm):
             kept[row] = exact / norm
     return kept
+
+
+def squared_norms(vectors: NDArray[np.floating]) -> NDArray[np.floating]:
+    """The sum of squares[B] of each row, each from its own row alone."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        sums: NDArray[np.floating] = np.einsum("ij,ij->i", vectors, vectors)
+    return sums
+
+
+def is_safe(squares: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Where a sum of squares is exact enough; False for NaN, infinity and zero too."""
+    return (squares > SAFE_SQUARES[0]) & (squares < SAFE_SQUARES[1])

@@ -225,7 +225,7 @@ def check_output(output: Path | str, layout: Layout) -> Kind:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises GembError unless `folder` is empty or holds just what a manifest of gemb lists, and a job's record."""
+    """Raises GembError unless `folder` is empty or holds only what its manifest lists, and a job's record."""
     if not folder.is_dir():
         raise GembError(f"{folder} is a file; a folder of parts cannot take its place, choose another output")
     names = {entry.name for entry in folder.iterdir()}

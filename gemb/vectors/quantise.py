@@ -13,21 +13,22 @@ from numpy.typing import NDArray
 
 from gemb.errors import GembError
 
+FLOAT16_LIMIT = 65520
+"""What rounds to infinity; the largest float16 is 65,504."""
+
 
 def to_float16(vectors: NDArray[np.float32]) -> NDArray[np.float16]:
     """vectors[B, D] as float16.
 
     Raises GembError where a value is beyond float16's 65,504.
     """
-    with np.errstate(over="ignore", under="ignore"):
-        halves = vectors.astype("<f2")
-    if not np.isfinite(halves).all():
-        row = int(np.flatnonzero(~np.isfinite(halves).all(axis=1))[0])
-        worst = np.abs(vectors[row]).max()
+    worst = max(vectors.max(initial=0), -vectors.min(initial=0))
+    if not worst < FLOAT16_LIMIT:
         raise GembError(
             f"a value of {worst:g} does not fit float16 (65504 at most); store f32 or bf16, or normalise"
         )
-    return halves
+    with np.errstate(under="ignore"):
+        return vectors.astype("<f2")
 
 
 def to_bfloat16(vectors: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -36,9 +37,16 @@ def to_bfloat16(vectors: NDArray[np.float32]) -> NDArray[np.uint16]:
     Every NaN becomes 0x7fc0.
     """
     bits = np.ascontiguousarray(vectors, dtype="<f4").view(np.uint32)
-    patterns = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
-    # The carry of rounding would turn some NaN into infinity or zero.
-    patterns[(bits & 0x7FFFFFFF) > 0x7F800000] = 0x7FC0
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    patterns = rounded.astype("<u2")
+    if np.isnan(vectors.max(initial=0)):
+        patterns[np.isnan(vectors)] = (
+            0x7FC0  # the carry of rounding would turn some NaN into infinity or zero
+        )
     return patterns
 
 
@@ -110,8 +118,12 @@ def to_int8(vectors: NDArray[np.float32], ranges: Int8Ranges) -> tuple[NDArray[n
     np.floor(scaled, out=scaled)
     np.clip(scaled, 0, 255, out=scaled)
     scaled -= 128
-    outside = np.count_nonzero(vectors < ranges.minimum) + np.count_nonzero(vectors > ranges.maximum)
-    return scaled.astype(np.int8), int(outside)
+    outside = 0
+    if (vectors.min(axis=0, initial=np.inf) < ranges.minimum).any():
+        outside += int(np.count_nonzero(vectors < ranges.minimum))
+    if (vectors.max(axis=0, initial=-np.inf) > ranges.maximum).any():
+        outside += int(np.count_nonzero(vectors > ranges.maximum))
+    return scaled.astype(np.int8), outside
 
 
 def from_int8(codes: NDArray[np.int8], ranges: Int8Ranges) -> NDArray[np.float32]:

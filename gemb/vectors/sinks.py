@@ -14,6 +14,7 @@ however the rows were divided over the calls. Memory does not grow with the numb
 import os
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from gemb.errors import GembError, MachineError
 from gemb.files import Journal, file_digest, fsync_folder, os_errors_explained, sync_to_disk, write_json
-from gemb.vectors.appending import AppendFile, End
+from gemb.vectors.appending import AppendFile, End, damaged
 from gemb.vectors.checks import bad_rows
 from gemb.vectors.headers import header_bytes
 from gemb.vectors.jsonlines import json_lines, json_string, not_utf8
@@ -311,8 +312,8 @@ class _ParquetSink(_FileSink):
     def finish(self) -> list[OutputFile]:
         from gemb.vectors.parquet import write_table
 
-        self._data.seal(self._position.data)
-        self._ids.seal(self._position.ids)
+        self._data.cut(self._position.data)
+        self._ids.cut(self._position.ids)
         self.close()
         table = self.work / self.TABLE
         write_table(table, self.layout, self._groups())
@@ -325,15 +326,25 @@ class _ParquetSink(_FileSink):
         self._ids.close()
 
     def _groups(self) -> Iterator[tuple[list[str], NDArray[Any]]]:
+        """The rows of each row group; raises MachineError after the last if they are not what was written."""
         from gemb.vectors.parquet import rows_per_group
 
         size = rows_per_group(self.layout)
+        data_crc = ids_crc = 0
         with (self.work / DATA).open("rb") as data, (self.work / IDS).open("rb") as lines:
             for start in range(0, self._position.rows, size):
                 count = min(size, self._position.rows - start)
                 stored = np.fromfile(data, self.layout.stored_dtype, count * self.layout.stored_width)
-                ids = [orjson.loads(line) for line in islice(lines, count)]
-                yield ids, stored.reshape(count, self.layout.stored_width)
+                encoded = list(islice(lines, count))
+                data_crc = zlib.crc32(stored.data, data_crc)
+                ids_crc = zlib.crc32(b"".join(encoded), ids_crc)
+                yield [orjson.loads(line) for line in encoded], stored.reshape(count, -1)
+        for path, crc, end in (
+            (self.work / DATA, data_crc, self._position.data),
+            (self.work / IDS, ids_crc, self._position.ids),
+        ):
+            if crc != end.crc32:
+                raise damaged(path, self.work)
 
     def _compare(self, table: Path) -> None:
         """Raises MachineError unless the table gives back the rows and ids it was made from."""
