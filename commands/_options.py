@@ -4,11 +4,13 @@ The explanation of an option is the docstring of its recipe field; only what is 
 (how to show the result, which recipe to read) is explained here.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from pydantic_core import PydanticUndefined
 
 from gemb.recipe import Recipe, key_of
 
@@ -24,24 +26,41 @@ def option(recipe: type[Recipe], field: str, *, metavar: str | None = None) -> A
     """
     info = recipe.model_fields[field]
     name = "--" + key_of(field).replace("_", "-")
-    is_switch = _is_switch(info.annotation)
+    is_switch = bool in _types(info.annotation)
+    choices = [str(choice) for choice in _choices(info.annotation)]
     names = [f"{name}/--no-{name[2:]}"] if is_switch else [name]
     if field in LETTERS:
         names.append(LETTERS[field])
-    default: str | bool = False
-    if not is_switch and not info.is_required() and info.default not in (None, (), ""):
-        default = str(info.default)
-    elif is_switch and info.default:
-        default = name[2:]
+    help_text = " ".join((info.description or "").replace("`", "").split())
+    if not is_switch and info.default not in (None, (), "", PydanticUndefined):
+        shown = f"{info.default:g}" if isinstance(info.default, float) else str(info.default)
+        help_text += f"  [default: {shown}]"
     return typer.Option(
-        *names, help=" ".join((info.description or "").split()), show_default=default, metavar=metavar
+        *names,
+        help=help_text,
+        show_default=False,  # typer would show None, or put the field's default in parentheses
+        metavar=metavar or "|".join(choices) or None,
+        autocompletion=_completer(choices) if choices else None,
     )
 
 
-def _is_switch(annotation: object) -> bool:
-    if get_origin(annotation) in (Union, UnionType):
-        return any(_is_switch(part) for part in get_args(annotation))
-    return annotation is bool
+def _completer(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    """Shell completion for a choice."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return complete
+
+
+def _types(annotation: object) -> list[object]:
+    """The branches of a union; any other type alone."""
+    return list(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else [annotation]
+
+
+def _choices(annotation: object) -> list[object]:
+    """The values of a Literal, wherever it stands in a union."""
+    return [value for part in _types(annotation) if get_origin(part) is Literal for value in get_args(part)]
 
 
 RecipeOption = Annotated[
@@ -60,6 +79,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as on
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing when all goes well.")]
 VerboseOption = Annotated[
     int,
-    typer.Option("--verbose", "-v", count=True, help="Say more; with --json, progress as JSON on stderr."),
+    typer.Option(
+        "--verbose",
+        "-v",
+        count=True,
+        show_default=False,
+        help="Say more; with --json, progress as JSON on stderr.",
+    ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,27 +24,17 @@ def page() -> str:
     """The whole page: the help of `gemb` and of every command below it."""
     commands = import_module("gemb.commands")
     root = get_command(commands.app)
-    sections = [_section("gemb", root, typer.Context(root, info_name="gemb", terminal_width=WIDTH))]
-    sections += [
-        section
-        for name in commands.COMMANDS
-        for section in _sections(f"gemb {name}", commands.load_command(name))
-    ]
-    return "\n".join([HEAD, *sections])
+    context = typer.Context(root, info_name="gemb", terminal_width=WIDTH, **root.context_settings)
+    below = {name: commands.load_command(name) for name in commands.COMMANDS}
+    return "\n".join([HEAD, *_sections(root, context, below)])
 
 
-def _sections(path: str, command: Any) -> list[str]:  # noqa: ANN401  # typer has no public name for it
-    """The section of `command`, and those of the commands below it."""
-    below = getattr(command, "commands", {})
-    context = typer.Context(command, info_name=path, terminal_width=WIDTH)
-    return [
-        _section(path, command, context),
-        *(section for name in below for section in _sections(f"{path} {name}", below[name])),
-    ]
-
-
-def _section(path: str, command: Any, context: typer.Context) -> str:  # noqa: ANN401
-    return f"## {path}\n\n```text\n{command.get_help(context).rstrip()}\n```\n"
+def _sections(command: Any, context: typer.Context, below: Mapping[str, Any]) -> Iterator[str]:  # noqa: ANN401
+    """The section of `command` and those of the commands `below` it; typer has no public name for either."""
+    yield f"## {context.command_path}\n\n```text\n{command.get_help(context).rstrip()}\n```\n"
+    for name, child in below.items():
+        inner = typer.Context(child, info_name=name, parent=context)
+        yield from _sections(child, inner, getattr(child, "commands", {}))
 
 
 def main() -> int:

@@ -95,12 +95,15 @@ sys.exit(import_module("gemb.commands._door").run_door(app, []))
 def run_program(body: str, redirect: str) -> subprocess.CompletedProcess[str]:
     """Run a command with this body in a shell, after `redirect`; its exit code is the last line of stdout."""
     script = f'{{ "$PYTHON" -c "$PROGRAM"; echo $? > "$CODE"; }} {redirect}; cat "$CODE"'
-    read, write = os.pipe()
-    os.close(read)
-    os.close(write)
     return subprocess.run(
         ["bash", "-c", script],
-        env={**os.environ, "PYTHON": sys.executable, "PROGRAM": PROGRAM.format(body=body), "CODE": "code"},
+        env={
+            **{name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+            "PYTHONPATH": str(ROOT),
+            "PYTHON": sys.executable,
+            "PROGRAM": PROGRAM.format(body=body),
+            "CODE": "code",
+        },
         capture_output=True,
         text=True,
         check=True,
@@ -111,6 +114,8 @@ def run_program(body: str, redirect: str) -> subprocess.CompletedProcess[str]:
     "body",
     [
         "for n in range(100_000): sys.stdout.write(str(n) + chr(10))",
+        "for n in range(100_000): sys.stdout.buffer.write(b'x' * 50)",
+        "sys.stdout.buffer.write(b'x' * 5000)",
         "[typer.echo(n) for n in range(100_000)]",
         "sys.stdout.write('x' * 5000)",  # fits the buffer: only the flush at the end meets the closed pipe
     ],
