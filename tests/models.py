@@ -289,6 +289,9 @@ def tiny_model(name: str) -> Any:  # noqa: ANN401  # any model class of transfor
     return model.requires_grad_(False)
 
 
+_COMES_BACK = ("o_proj.weight", "down_proj.weight", "Wo.weight", "output.dense.weight", "lin2.weight")
+
+
 def _fill(name: str, tensor: torch.Tensor, random: torch.Generator) -> None:
     """Random numbers that keep states at about unit size; what is computed from the config stays."""
     noise = torch.randn(tensor.shape, generator=random)
@@ -298,7 +301,9 @@ def _fill(name: str, tensor: torch.Tensor, random: torch.Generator) -> None:
         return
     elif tensor.ndim >= 2:
         is_table = "embed" in name and "projection" not in name and "relative" not in name
-        tensor.copy_(noise if is_table else noise * tensor.shape[-1] ** -0.5)
+        # What comes back to the stream is small beside it, as at the start of a training (GPT-2).
+        share = 0.4 if name.endswith(_COMES_BACK) else 1.0
+        tensor.copy_(noise if is_table else noise * share * tensor.shape[-1] ** -0.5)
     elif name.endswith("bias"):
         tensor.copy_(0.1 * noise)
     else:
@@ -320,6 +325,8 @@ def _write_tokenizer(place: Path, padding: int, *, special: bool) -> None:
         "model_max_length": MAX_TOKENS,
         "pad_token": "<pad>",
         "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
     }
     _write(place / "tokenizer_config.json", settings)
 

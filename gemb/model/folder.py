@@ -499,6 +499,14 @@ def _backbone_config(
         raise UnavailableError(f"{file}: no model_type, so the family of the model cannot be told")
     if config.get("auto_map"):
         notes.append("config.json names code of the folder's author (auto_map); gemb never runs it")
+    text = _text_config(config)
+    window = text.get("sliding_window")
+    if text.get("use_bidirectional_attention") and isinstance(window, int) and window % 2:
+        # transformers 4.57 saved the window that it had halved for itself: 512 became 257.
+        notes.append(
+            f"sliding_window is {window}, an odd number: was it halved when saved? "
+            f"a token sees {window // 2} to each side, as in transformers"
+        )
     return config
 
 

@@ -77,8 +77,8 @@ def prove_bidirectional(encoder: PackedEncoder) -> Proof:
         raise MismatchError(
             f"{encoder.folder.transformer.folder / 'config.json'} says {said} attention, but the model "
             f"computes {_WAYS[proof.is_bidirectional]} attention (seen in the state of a "
-            "text's first token when its last one is changed); its vectors would be wrong; try the newest gemb and transformers, "
-            "or report the model"
+            "text's first token when its last one is changed); its vectors would be wrong; "
+            "try the newest gemb and transformers, or report the model"
         )
     return proof
 
