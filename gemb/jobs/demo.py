@@ -77,6 +77,7 @@ def run(
     version = sys.version.split()[0]
     rows = [
         *indexed.rows,
+        ("search", f"{float(str(answers[0].data['seconds'])) * 1000:.1f} ms a question, all rows compared"),
         ("texts", str(documents)),
         ("index", str(target)),
         ("now you", f"gemb search {target} 'your own question'"),
@@ -88,8 +89,9 @@ def run(
         "seconds": round(seconds, 3),
         "answers": [answer.data for answer in answers],
     }
+    done = "were embedded before; searched" if indexed.data.get("already_done") else "embedded and searched"
     return Report(
-        title=f"{count:,} docstrings of Python {version} embedded and searched in {seconds:.0f} s",
+        title=f"{count:,} docstrings of Python {version} {done} in {seconds:.0f} s",
         rows=rows,
         data=data,
         outputs=[documents, target],
@@ -198,9 +200,11 @@ def _is_public(name: str) -> bool:
 
 
 def _table(answer: Report) -> Table:
-    """An answer for people: the question, then score, name and the beginning of the docstring."""
+    """An answer for people: the question, then score, name and first paragraph of the docstring."""
     hits = answer.data["hits"]
     rows = []
     for hit in hits if isinstance(hits, list) else []:
-        rows.append((f"{hit['score']:.3f}", str(hit["id"]), search.snippet(str(hit["text"]))))
+        rows.append(
+            (f"{hit['score']:.3f}", str(hit["id"]), search.snippet(str(hit["text"]).partition("\n\n")[0]))
+        )
     return Table(("score", "docstring of", "text"), rows, title=answer.title, right_aligned=("score",))

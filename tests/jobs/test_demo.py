@@ -2,10 +2,16 @@
 
 import sysconfig
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from gemb.errors import UnavailableError
 from gemb.jobs import demo
 from gemb.jobs.demo import Docstring, docstrings
+from gemb.report import Report
 
 LONG = "It says enough to be found by what it means, and not only by its name."
 
@@ -70,3 +76,44 @@ def test_the_standard_library_fills_the_demo() -> None:
         "statistics.median",
         "queue.PriorityQueue",
     }  # getpass.getpass is getpass.unix_getpass by another name
+
+
+# --- the demo itself
+
+
+def top_answers(report: Report) -> list[str]:
+    answers = report.data["answers"]
+    assert isinstance(answers, list)
+    return [answer["hits"][0]["id"] for answer in answers]
+
+
+def test_a_second_run_embeds_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gemb: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(demo, "DOCUMENTS", 60)
+    first = demo.run(tmp_path / "demo")
+    assert first.title.startswith("60 docstrings of Python ")
+    assert " embedded and searched in " in first.title
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*") if path.is_file()}
+    again = gemb("demo", "-o", tmp_path / "demo")
+    assert again.code == 0
+    assert " were embedded before; searched in " in again.out.splitlines()[0]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert all(question in again.out for question in demo.QUESTIONS)
+
+
+def test_a_python_without_sources_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(UnavailableError) as caught:
+        demo.run(tmp_path / "demo")
+    assert str(caught.value) == (
+        f"there are no Python sources in {tmp_path}; run the demo with another Python"
+    )
+
+
+@pytest.mark.slow
+def test_the_answers_of_the_whole_demo_are_right(tmp_path: Path) -> None:
+    report = demo.run(tmp_path / "demo")
+    password, middle, queue = top_answers(report)
+    assert password.startswith("getpass")
+    assert (middle, queue) == ("statistics.median", "queue.PriorityQueue")
