@@ -7,9 +7,8 @@ Speed is real tokens a second: prompt and special tokens counted, padding not. "
 sentence-transformers fp32 at batch 32 in the same round, median over the rounds.
 """
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from benchmarks import corpus as corpora
 from benchmarks import gemm_peak
+from benchmarks.corpus import Sample
 from benchmarks.harness import MINIMUM_ROUNDS, Bar, Track, best_batch_size, race, write_result
 from benchmarks.machine import Machine, this_machine, versions
 from benchmarks.models import MODELS, REPOSITORY, Model, prompt_text, token_counts
@@ -25,7 +25,7 @@ from benchmarks.peers import REFERENCE, Contestant, attributes, contestants
 
 TEXTS = {
     "minilm": {"docs": 192, "prose": 192, "queries": 512, "uniform": 96},
-    "gemma300m": {"docs": 64, "prose": 64, "queries": 256, "uniform": 32},
+    "gemma300m": {"docs": 128, "prose": 128, "queries": 256, "uniform": 64},
 }
 """Texts a round, by model and corpus: some seconds for the slowest peer."""
 WINDOW = 32
@@ -36,52 +36,12 @@ MODEL_HELP = "minilm or gemma300m."
 INSTRUCTIONS_HELP = "native, avx512 or avx2: the most torch may use (onnxruntime can't be limited)."
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """The texts of a race and what is in them."""
-
-    corpus: str
-    origin: str
-    texts: tuple[str, ...]
-    lengths: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Real tokens of all texts."""
-        return sum(self.lengths)
-
-    def padded_by_characters(self, batch_size: int) -> float:
-        """Computed per real token when texts are sorted by characters and padded, as most peers do."""
-        by_characters = sorted(range(len(self.texts)), key=lambda row: -len(self.texts[row]))
-        computed = 0
-        for start in range(0, len(by_characters), batch_size):
-            batch = [self.lengths[row] for row in by_characters[start : start + batch_size]]
-            computed += len(batch) * max(batch)
-        return computed / self.tokens
-
-    def as_dict(self) -> dict[str, object]:
-        """The figures of the sample as JSON values, without the texts."""
-        ordered = sorted(self.lengths)
-        return {
-            "corpus": self.corpus,
-            "origin": self.origin,
-            "texts": len(self.texts),
-            "tokens": self.tokens,
-            "tokens_median": statistics.median(ordered),
-            "tokens_mean": self.tokens / len(ordered),
-            "tokens_p95": ordered[int(0.95 * (len(ordered) - 1))],
-            "tokens_longest": ordered[-1],
-            "computed_per_real_token_sorted_by_characters_batch_32": self.padded_by_characters(32),
-        }
-
-
 def draw_sample(model: Model, name: str, texts: int, window: int = WINDOW, prompt: str = "none") -> Sample:
     """`texts` texts of the corpus called `name`, tokens counted with the model's own tokenizer."""
-    whole = corpora.corpus(name)
-    chosen = corpora.sample(whole, texts, window)
     folder = model.folder()
-    return Sample(
-        name, whole.origin, tuple(chosen), tuple(token_counts(folder, chosen, prompt_text(folder, prompt)))
+    prefix = prompt_text(folder, prompt)
+    return corpora.sample(
+        corpora.corpus(name), texts, window, lambda chosen: token_counts(folder, chosen, prefix)
     )
 
 
@@ -282,7 +242,8 @@ def _show(
         f"{len(sample.texts)} texts from {sample.origin}, {sample.tokens:,} tokens: median "
         f"{figures['tokens_median']:.0f}, mean {figures['tokens_mean']:.0f}, p95 {figures['tokens_p95']}, "
         f"longest {figures['tokens_longest']}; sorted by characters and padded, 32 a batch: "
-        f"{sample.padded_by_characters(32):.2f} computed per real",
+        f"{sample.padding(32):.2f} computed per real "
+        f"({sample.padding_of_corpus:.2f} in the corpus)",
         highlight=False,
     )
     table = Table(title=title, title_justify="left")
