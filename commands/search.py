@@ -13,16 +13,15 @@ from gemb.report import progress
 from ._options import JsonOption, QuietOption, RecipeOption, SetOption, option
 from ._show import show
 
+_K_HELP = f"{SearchRecipe.model_fields['k'].description}  [default: {SearchRecipe.model_fields['k'].default}]"
+
 
 def search(
     index: Annotated[
         Path | None, typer.Argument(metavar="INDEX", help="The index folder that gemb index made.")
     ] = None,
     query: Annotated[str | None, typer.Argument(metavar="QUESTION", help="The question.")] = None,
-    k: Annotated[
-        int | None,
-        typer.Option("-k", "--k", help=SearchRecipe.model_fields["k"].description, show_default="10"),
-    ] = None,
+    k: Annotated[int | None, typer.Option("-k", "--k", help=_K_HELP, show_default=False)] = None,
     as_: Annotated[str | None, option(SearchRecipe, "as_")] = None,
     model: Annotated[str | None, option(SearchRecipe, "model")] = None,
     device: Annotated[str | None, option(SearchRecipe, "device")] = None,
