@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gemb.device import Device, is_out_of_memory, pick, release_cache
+from gemb.device import Device, is_out_of_memory, one_thread, pick, release_cache
 from gemb.engine import OutOfMemory
 from gemb.errors import GembError
 from gemb.model.folder import ModelFolder, fingerprint
@@ -66,11 +66,17 @@ class TorchEngine:
 
         from gemb.model.encoder import PackedEncoder
         from gemb.model.kernels import Kernels
+        from gemb.model.proof import prove_bidirectional
 
         dtype = torch.bfloat16 if chosen.precision == "bf16" else torch.float32
         encoder = PackedEncoder(folder, Kernels(chosen.name, dtype))
         tokens = batch_tokens or _default_tokens(chosen, encoder.backbone.width)
-        return cls(encoder, chosen, folder.dims, tokens)
+        engine = cls(encoder, chosen, folder.dims, tokens)
+        with one_thread():
+            proof = prove_bidirectional(encoder)
+        if proof.neighbour_difference and chosen.kind == "cpu":
+            engine.notes += (str(proof),)
+        return engine
 
     def forward(self, batch: Batch) -> NDArray[np.float32]:
         """fp32 vectors[B, D] of a batch; may be called from `workers` threads."""

@@ -24,9 +24,11 @@ from gemb.model.encoder import PackedEncoder
 from gemb.model.folder import fingerprint
 from gemb.model.hub import cache_folder
 
-_LAYOUT = "1"  # part of every cache key; raise it when the proof changes
+_LAYOUT = "2"  # part of every cache key; raise it when the proof changes
 _LENGTHS = (4, 9, 14)
 """Tokens of the texts at most; the middle one is changed."""
+_CROWD = 300
+"""Tokens of the neighbour beside which a vector must stay as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +94,19 @@ def _prove(encoder: PackedEncoder) -> Proof:
     changed = (*middle[:-1], middle[0])
     orders = [[middle], [middle, long], [long, middle], [long, middle, short]]
     seen = {_moves(encoder, order, order.index(middle), changed) for order in orders}
-    together = _vectors(encoder, orders[-1])
-    alone = torch.cat([_vectors(encoder, [text]) for text in orders[-1]])
+    crowd = [_filler(encoder), *orders[-1]]
+    together = _vectors(encoder, crowd)
+    alone = torch.cat([_vectors(encoder, [text]) for text in crowd])
     difference = float((together - alone).abs().max())
     return Proof(seen.pop() if len(seen) == 1 else None, _declared(encoder), difference)
+
+
+def _filler(encoder: PackedEncoder) -> Text:
+    """A text so long that a batch with it takes other row counts through the products."""
+    folder = encoder.folder
+    entries = int(folder.text_config.get("vocab_size") or 100)
+    length = min(_CROWD, folder.max_tokens)
+    return tuple(int(number) for number in np.random.default_rng(6).integers(entries // 2, entries, length))
 
 
 def _texts(encoder: PackedEncoder) -> list[Text]:
