@@ -146,6 +146,7 @@ def test_safetensors_files_of_other_writers_are_read(tmp_path: Path, unit_rows: 
             "{path} is too long: 73 bytes, but 2 rows of 8 f32 need 72; write it again",
         ),
     ],
+    ids=["empty", "zip", "long header", "no object", "no tensor", "no counts", "cut off", "too long"],
 )
 def test_a_damaged_header_is_one_message(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     path = tmp_path / name

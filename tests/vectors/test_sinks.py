@@ -6,7 +6,7 @@ import resource
 import shutil
 import subprocess
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,8 @@ from gemb.errors import GembError, MachineError
 from gemb.vectors import Layout, Position, Sink, calibrate, open_sink, open_vectors, output_files
 from gemb.vectors import sinks as sinks_module
 from gemb.vectors.layout import DType, Encoding
+from gemb.vectors.parquet import Rows as Group
+from gemb.vectors.parquet import write_table
 from tests.vectors.conftest import Contents, Rows
 
 DIMS = 16
@@ -311,6 +313,25 @@ def test_an_append_that_fails_leaves_the_sink_where_it_was(
     assert contents(folder) == contents(tmp_path / "whole")
 
 
+@pytest.mark.faults
+def test_a_part_that_only_a_failed_append_began_is_not_in_the_folder(
+    tmp_path: Path, unit_rows: Rows, contents: Contents
+) -> None:
+    vectors = unit_rows(45, DIMS)
+    layout = layout_for("docs", vectors)
+    (tmp_path / "whole").mkdir()
+    finished(tmp_path / "whole", "docs", layout, vectors)
+    folder = tmp_path / "failed"
+    sink = open_sink(folder / "docs", folder / "work", layout)
+    append_from(sink, vectors, 45)
+    with pytest.raises(GembError, match="holds a line break"):
+        sink.append([*ids_of(10), "broken\n"], unit_rows(11, DIMS))
+    assert (folder / "work" / "parts" / "part-00001.npy").exists()
+    sink.finish()
+    shutil.rmtree(folder / "work")
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
 def test_a_new_start_forgets_what_lay_in_the_work_folder(
     tmp_path: Path, unit_rows: Rows, contents: Contents
 ) -> None:
@@ -438,6 +459,29 @@ def test_a_bit_that_flipped_before_the_end_is_never_published(
     with pytest.raises(MachineError, match="work/data does not hold what was written to it"):
         sink.finish()
     assert not (tmp_path / output).exists()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("what", ["ids", "rows"])
+def test_a_table_that_is_not_what_it_was_made_from_is_never_published(
+    tmp_path: Path, unit_rows: Rows, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    vectors = unit_rows(40, DIMS)
+    sink = open_sink(tmp_path / "docs.parquet", tmp_path / "work", Layout(DIMS))
+    append_from(sink, vectors, 40)
+
+    def wrong(path: Path, layout: Layout, groups: Iterable[Group]) -> None:
+        write_table(
+            path, layout, [(ids[::-1], rows) if what == "ids" else (ids, -rows) for ids, rows in groups]
+        )
+
+    monkeypatch.setattr("gemb.vectors.parquet.write_table", wrong)
+    with pytest.raises(MachineError) as caught:
+        sink.finish()
+    assert str(caught.value) == (
+        f"{tmp_path}/work/table.parquet does not hold what was written to it; check the disk, then run again"
+    )
+    assert not (tmp_path / "docs.parquet").exists()
 
 
 def test_a_work_file_that_lost_rows_is_told(tmp_path: Path, unit_rows: Rows) -> None:
