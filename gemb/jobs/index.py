@@ -107,7 +107,8 @@ def run(
 ) -> Report:
     """Make the index that the recipe says, or go on where an earlier run of it was stopped.
 
-    `overwrite` replaces an index that exists; `open_engine` is for other engines than torch.
+    `overwrite` replaces an index that exists, which can be searched until the new vectors are whole.
+    `open_engine` is for other engines than torch.
     Raises GembError as gemb.jobs.embed does, and if `output` is something else than an index.
     """
     folder = recipe.output
@@ -121,9 +122,6 @@ def run(
     with os_errors_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder / "writer.lock", str(folder), wait_seconds=recipe.wait_lock):
-        if overwrite:
-            # From here on the old index is gone: what stands in it is about to change.
-            (folder / RECORD).unlink(missing_ok=True)
         embedded = embed.run(_embed_recipe(recipe), on_progress, overwrite=overwrite, open_engine=open_engine)
         if embedded.exit_code not in (Exit.DONE, Exit.REJECTED):
             return embedded

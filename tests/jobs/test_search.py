@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from gemb.errors import GembError, LockedError, MismatchError, UnavailableError
+from gemb.errors import GembError, LockedError, MachineError, MismatchError, UnavailableError
 from gemb.files import Lock
 from gemb.jobs import index, search
 from gemb.jobs.index import IndexRecipe
 from gemb.jobs.search import SearchRecipe, nearest, snippet
 from gemb.model.hub import minilm_folder
 from gemb.vectors import open_vectors
+from tests.fakes import FakeEngine
 
 DOCUMENTS = [
     {
@@ -26,6 +28,8 @@ DOCUMENTS = [
     {"id": "tides", "title": "", "text": "The sea rises and falls because of the pull of the moon."},
     {"id": "cats", "title": "Cats", "text": "A cat sleeps for most of the day and hunts at dusk."},
 ]
+BREAD_TOKENS = 17
+"""Tokens of the second document with its title; no other one has so many."""
 QUESTION = "who made the earliest program that translates programs?"
 
 pytestmark = pytest.mark.skipif(
@@ -73,11 +77,13 @@ def test_blocks_give_the_neighbours_of_one_product(
 
 
 def test_equal_scores_come_in_the_order_of_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    np.save(tmp_path / "docs.npy", np.ones((9, 4), np.float32))
-    monkeypatch.setattr(search, "BLOCK_ROWS", 2)
+    np.save(
+        tmp_path / "docs.npy", np.tile(np.eye(2, 4, dtype=np.float32), (500, 1))
+    )  # two scores, taking turns
+    monkeypatch.setattr(search, "BLOCK_ROWS", 300)
     with open_vectors(tmp_path / "docs.npy") as vectors:
-        _, found = nearest(vectors, np.ones((1, 4), np.float32), 5)
-    assert found.tolist() == [[0, 1, 2, 3, 4]]
+        _, found = nearest(vectors, np.array([[2, 1, 0, 0]], np.float32), 600)
+    assert found.tolist() == [[*range(0, 1000, 2), *range(1, 200, 2)]]
 
 
 def test_scores_are_the_cosines_of_sentence_transformers(made: Path) -> None:
@@ -131,9 +137,56 @@ def test_rejected_rows_are_neither_vectors_nor_documents(tmp_path: Path) -> None
     assert ask(tmp_path / "docs.gemb", "baking").data["hits"][0]["id"] == "bread"
 
 
-def test_rows_are_unit_length(made: Path) -> None:
-    with open_vectors(made / "vectors") as vectors:
+def test_a_text_without_a_vector_is_no_document(tmp_path: Path) -> None:
+    documents = write_documents(tmp_path / "docs.jsonl", DOCUMENTS)
+    target = tmp_path / "docs.gemb"
+    texts: list[int] = []
+
+    def spoil_the_second(ids: NDArray[np.int32]) -> float | None:
+        texts.append(len(ids))
+        return float("nan") if len(ids) == BREAD_TOKENS else None
+
+    report = index.run(
+        IndexRecipe(inputs=(str(documents),), output=target, on_error="skip"),
+        open_engine=lambda *_: FakeEngine(dims=384, spoils=spoil_the_second),
+    )
+    assert report.exit_code == 3
+    assert BREAD_TOKENS in texts
+    opened = index.open_index(target)
+    assert (
+        [opened.document(row).id for row in range(3)] == opened.vectors.ids() == ["hopper", "tides", "cats"]
+    )
+
+
+def test_rows_are_unit_length_though_the_model_does_not_normalise(tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (bare / name).symlink_to(Path(str(minilm_folder())) / name)
+    documents = write_documents(tmp_path / "docs.jsonl", DOCUMENTS)
+    index.run(
+        IndexRecipe(
+            inputs=(str(documents),), output=tmp_path / "docs.gemb", model=str(bare), threads=1, device="cpu"
+        )
+    )
+    with open_vectors(tmp_path / "docs.gemb/vectors") as vectors:
         np.testing.assert_allclose(np.linalg.norm(vectors.block(0, 4), axis=1), 1, rtol=1e-6)
+
+
+def test_an_overwrite_that_fails_leaves_the_old_index_whole(tmp_path: Path) -> None:
+    documents = write_documents(tmp_path / "docs.jsonl", DOCUMENTS[:2])
+    recipe = IndexRecipe(inputs=(str(documents),), output=tmp_path / "docs.gemb", threads=1, device="cpu")
+    index.run(recipe)
+    write_documents(documents, DOCUMENTS)
+
+    def fail(*_: object) -> FakeEngine:
+        raise MachineError("the machine failed")
+
+    with pytest.raises(MachineError):
+        index.run(recipe, overwrite=True, open_engine=fail)
+    assert index.open_index(tmp_path / "docs.gemb").vectors.rows == 2
+    index.run(recipe, overwrite=True)
+    assert index.open_index(tmp_path / "docs.gemb").vectors.rows == 4
 
 
 def test_a_second_run_changes_nothing_and_overwrite_makes_it_anew(tmp_path: Path) -> None:
