@@ -116,9 +116,8 @@ class PackedLinear(Linear):
             filled = [torch.cat([x, x.new_zeros(self._least - rows, x.shape[1])]) for x in inputs]
             return product(*filled)[:rows]
         pieces = -(-rows // self._most)
-        return torch.cat(
-            [product(*part) for part in zip(*(x.tensor_split(pieces) for x in inputs), strict=True)]
-        )
+        parts = zip(*(x.tensor_split(pieces) for x in inputs), strict=True)
+        return torch.cat([self._cut(product, *part) for part in parts])
 
 
 @cache
@@ -135,12 +134,15 @@ def can_pack(dtype: torch.dtype) -> bool:
 def _row_limits(dtype: torch.dtype, inputs: int) -> tuple[int, int]:
     """(least, most) rows of one product within which a row's result does not depend on their number.
 
-    Found by comparing all row counts up to 1,100 on processors with AMX (oneDNN of torch 2.13):
-    fp32 changes at 1 row only; bf16 at 33 to 37 and again at 353 (384 to 1,536 inputs) or 166 (3,072).
+    Found by comparing row counts up to 1,100, for 256 to 3,072 outputs, on processors with AMX (oneDNN of
+    torch 2.13): fp32 changes at 1 row only; bf16 at 36 and again at 256 (up to 2,048 inputs) or 166 (3,072).
+    With 4,096 inputs bf16 changes everywhere, so there every product has the same number of rows.
     """
     if dtype == torch.float32:
         return 16, 1 << 30
-    return (64, 256) if inputs <= 1536 else (64, 128)
+    if inputs <= 2048:
+        return 64, 240
+    return (64, 160) if inputs <= 3072 else (64, 64)
 
 
 @dataclass(frozen=True)

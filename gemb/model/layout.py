@@ -55,7 +55,7 @@ class Layout:
         tokens = int(starts[-1])
         edges = np.flatnonzero(np.diff(lengths)) + 1
         firsts = np.concatenate(([0], edges)) if len(lengths) else edges
-        lasts = np.concatenate((edges, [len(lengths)]))
+        lasts = np.concatenate((edges, [len(lengths)])) if len(lengths) else edges
         groups = tuple(
             Group(int(starts[first]), int(first), int(last - first), int(lengths[first]))
             for first, last in zip(firsts, lasts, strict=True)

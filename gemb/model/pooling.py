@@ -27,7 +27,7 @@ def pool(states: Tensor, layout: Layout, modes: Sequence[str], skip: int = 0) ->
         # A text cut away down to its prompt keeps its last token.
         first = min(skip, group.length - 1)
         pooled.append(torch.cat([_pool_mode(tokens[:, first:], first, mode) for mode in modes], dim=-1))
-    return torch.cat(pooled)
+    return torch.cat(pooled) if pooled else states.new_empty(0, states.shape[1] * len(modes))
 
 
 def _pool_mode(tokens: Tensor, first: int, mode: str) -> Tensor:
