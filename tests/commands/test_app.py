@@ -74,8 +74,12 @@ def test_the_same_option_has_one_letter_default_and_set_of_choices_everywhere() 
             assert parameter.help, f"{path} {parameter.opts} is not explained"
             long = max(parameter.opts, key=len)
             letter = [name for name in parameter.opts if not name.startswith("--")]
-            default = parameter.help.partition("  [default: ")[2] if long != "--as" else "a question in search"
-            about = (letter, default, parameter.metavar)
+            default = parameter.help.partition("  [default: ")[2]
+            about = (
+                letter,
+                "" if long == "--as" else default,
+                parameter.metavar,
+            )  # search asks, embed stores
             first_path, first = seen.setdefault(long, (path, about))
             assert about == first, f"{long} differs in {first_path} and {path}"
 
