@@ -9,6 +9,7 @@ Letters: R rows of a window as they will be written, U different texts among the
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
@@ -116,13 +117,14 @@ class Pace:
     def __init__(self, seconds: float = WINDOW_SECONDS) -> None:
         self._seconds = min(seconds, WINDOW_SECONDS)
         self._last = FIRST_CHARACTERS / GROWTH
-        self._rate: float | None = None  # characters a second
+        self._work = self._work_seconds = 0.0  # of the last windows, each counting half of the next one
         self._finished_at = 0.0
 
     def next(self) -> float:
         """Characters of the window that is begun now."""
-        grown = self._last * GROWTH
-        self._last = grown if self._rate is None else min(grown, max(1.0, self._rate * self._seconds))
+        self._last *= GROWTH
+        if self._work_seconds:
+            self._last = min(self._last, max(1.0, self._work / self._work_seconds * self._seconds))
         return self._last
 
     def finished(self, window: Window) -> None:
@@ -130,10 +132,9 @@ class Pace:
         now = time.monotonic()
         seconds = now - max(window.begun, self._finished_at)
         self._finished_at = now
-        if window.work <= 0 or seconds <= 0:
-            return
-        rate = window.work / seconds
-        self._rate = rate if self._rate is None else (self._rate + rate) / 2
+        # Two windows may end at nearly the same time, so no rate is taken from one alone.
+        self._work = self._work / 2 + window.work
+        self._work_seconds = self._work_seconds / 2 + seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,13 +387,23 @@ def _different(rows: list[_Row]) -> tuple[list[str], NDArray[np.int64]]:
 
 def pausing(records: Iterator[T], stop: threading.Event) -> Iterator[T | None]:
     """The records, and a None whenever none came for PAUSE_SECONDS: for pipes, which may be slow."""
-    ahead = ReadAhead(records, depth=1024, stop=stop, name="gemb-pipe")
+    ahead = ReadAhead(_holding(sys.stdin, records), depth=1024, stop=stop, name="gemb-pipe")
     while True:
         try:
             item = ahead.take(PAUSE_SECONDS)
         except StopIteration:
             return
         yield item[0] if item else None
+
+
+def _holding(stream: object, records: Iterator[T]) -> Iterator[T]:
+    """The records; `stream` lives as long as the thread that reads them.
+
+    A thread may still wait for stdin when the interpreter ends. If sys.stdin were closed then, which
+    happens when nothing refers to it any more, Python would abort over the lock that the thread holds.
+    """
+    yield from records
+    del stream
 
 
 def compute(

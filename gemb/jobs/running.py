@@ -113,7 +113,9 @@ class Run:
         if table is not None:
             write_table(setup.output, table)
         with os_errors_explained(setup.work):
-            shutil.rmtree(setup.work)
+            # In one step, so that no part of it can be taken for a job that is to be gone on with.
+            setup.work.rename(setup.finished_work)
+            shutil.rmtree(setup.finished_work)
         return report
 
     # --- what is there already --------------------------------------------------------------------------
@@ -122,6 +124,9 @@ class Run:
         """The request, with its work folder made or found again; or the report of a job that is done."""
         setup = self._setup
         work = setup.work
+        with os_errors_explained(setup.finished_work):
+            if setup.finished_work.exists():  # of a run that was killed while it tidied up
+                shutil.rmtree(setup.finished_work)
         job_file = work / "job.json"
         begun = Request.from_json(read_json(job_file)["request"], job_file) if job_file.exists() else None
         request = setup.request(begun.inputs if begun else ())

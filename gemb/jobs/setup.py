@@ -68,6 +68,11 @@ class Setup:
         return self.output.with_name(self.output.name + ".partial")
 
     @property
+    def finished_work(self) -> Path:
+        """What the work folder is called while it is removed."""
+        return self.work.with_name(self.work.name + ".done")
+
+    @property
     def lock_file(self) -> Path:
         """Held while the job runs."""
         return self.output.with_name(self.output.name + ".lock")
