@@ -343,17 +343,23 @@ def test_waiting_for_a_lock_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         Lock(path, "docs.npy", wait_seconds=0.05).acquire()
 
 
+@pytest.mark.parametrize("another", [False, True], ids=["no file", "another file"])
 def test_a_lock_on_a_removed_file_is_not_taken_for_the_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, another: bool
 ) -> None:
     # The first holder lets go between our opening the file and our locking it.
     path = tmp_path / "docs.npy.lock"
     first = Lock(path, "docs.npy")
     first.acquire()
+    inode = path.stat().st_ino
+    (tmp_path / "keeps the number of the removed file from being used again").hardlink_to(path)
     flock = fcntl.flock
 
     def late(descriptor: int, operation: int) -> None:
-        first.release()
+        if path.exists() and first.path.stat().st_ino == inode:
+            first.release()
+            if another:
+                path.touch()
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)

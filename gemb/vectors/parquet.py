@@ -126,8 +126,7 @@ class _Table(VectorFile):
             return pieces[0]
         return np.concatenate([np.empty((0, self.layout.stored_width), self.layout.stored_dtype), *pieces])
 
-    def ids(self, start: int = 0, stop: int | None = None) -> list[str]:
-        stop = self.rows if stop is None else stop
+    def _ids(self, start: int, stop: int) -> list[str]:
         if self._id_column is None:
             return [str(row) for row in range(start, stop)]
         return [id_ for span in self._spans(start, stop) for id_ in self._group_ids[slice(*span)]]

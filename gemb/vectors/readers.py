@@ -21,7 +21,7 @@ from gemb.errors import GembError
 from gemb.files import CHUNK_BYTES, file_digest, os_errors_explained, read_json
 from gemb.vectors.headers import foreign_metadata, read_header, read_npy_header
 from gemb.vectors.jsonlines import parse_line
-from gemb.vectors.layout import MANIFEST, SHARDS_FORMAT, Kind, Layout, ids_path, kind_of, ranges_path
+from gemb.vectors.layout import MANIFEST, SHARDS_FORMAT, DType, Kind, Layout, ids_path, kind_of, ranges_path
 from gemb.vectors.quantise import Int8Ranges
 
 BLOCK_ROWS = 4096
@@ -72,8 +72,8 @@ class VectorFile(ABC):
         return self.layout.dims
 
     @property
-    def dtype(self) -> str:
-        """The stored type: f32, f16, bf16, int8 or binary."""
+    def dtype(self) -> DType:
+        """The stored type."""
         return self.layout.dtype
 
     @property
@@ -86,8 +86,12 @@ class VectorFile(ABC):
         """Rows start..stop in the stored type, [B, W]; maybe a view of the file."""
 
     @abstractmethod
-    def ids(self, start: int = 0, stop: int | None = None) -> list[str]:
-        """The ids of rows start..stop (to the end if None); row numbers from 0 where the file has none."""
+    def _ids(self, start: int, stop: int) -> list[str]:
+        """The ids of rows start..stop, a block's worth; row numbers from 0 where the file has none."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of the file."""
 
     def block(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start..stop as float32[B, K]: exact for floats, mid-step for int8, +1 and -1 for binary."""
@@ -95,19 +99,19 @@ class VectorFile(ABC):
 
     def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
         """All rows with their ids, `rows` at a time."""
-        ids = self.iter_ids()
         for start in range(0, self.rows, rows):
             stop = min(start + rows, self.rows)
-            yield list(islice(ids, stop - start)), self.block(start, stop)
+            yield self._ids(start, stop), self.block(start, stop)
 
-    def iter_ids(self) -> Iterator[str]:
-        """All ids, as a stream."""
-        for start in range(0, self.rows, BLOCK_ROWS):
-            yield from self.ids(start, min(start + BLOCK_ROWS, self.rows))
+    def iter_ids(self, start: int = 0, stop: int | None = None) -> Iterator[str]:
+        """The ids of rows start..stop (to the end if None), streamed; row numbers where the file has none."""
+        stop = self.rows if stop is None else stop
+        for first in range(start, stop, BLOCK_ROWS):
+            yield from self._ids(first, min(first + BLOCK_ROWS, stop))
 
-    @abstractmethod
-    def close(self) -> None:
-        """Lets go of the file."""
+    def ids(self, start: int = 0, stop: int | None = None) -> list[str]:
+        """The same ids as a list."""
+        return list(self.iter_ids(start, stop))
 
     def __len__(self) -> int:
         return self.rows
@@ -193,8 +197,7 @@ class _MatrixFile(VectorFile):
     def stored(self, start: int, stop: int) -> NDArray[Any]:
         return np.ascontiguousarray(self._matrix[start:stop], self.layout.stored_dtype)
 
-    def ids(self, start: int = 0, stop: int | None = None) -> list[str]:
-        stop = self.rows if stop is None else stop
+    def _ids(self, start: int, stop: int) -> list[str]:
         if self._lines is None:
             return [str(row) for row in range(start, stop)]
         return decoded(self._lines.lines(start, stop), self._lines.path, start)
@@ -227,8 +230,8 @@ class _JsonlFile(VectorFile):
     def stored(self, start: int, stop: int) -> NDArray[Any]:
         return self._rows(start, stop)[1]
 
-    def ids(self, start: int = 0, stop: int | None = None) -> list[str]:
-        return self._rows(start, self.rows if stop is None else stop)[0]
+    def _ids(self, start: int, stop: int) -> list[str]:
+        return self._rows(start, stop)[0]
 
     def close(self) -> None:
         self._parsed = (0, 0, [], self._parsed[3][:0].copy())
@@ -293,9 +296,8 @@ class _ShardedFile(VectorFile):
             return pieces[0]
         return np.concatenate([np.empty((0, self.layout.stored_width), self.layout.stored_dtype), *pieces])
 
-    def ids(self, start: int = 0, stop: int | None = None) -> list[str]:
-        spans = self._spans(start, self.rows if stop is None else stop)
-        return [id_ for part, span in spans for id_ in self._part(part).ids(*span)]
+    def _ids(self, start: int, stop: int) -> list[str]:
+        return [id_ for part, span in self._spans(start, stop) for id_ in self._part(part).ids(*span)]
 
     def close(self) -> None:
         self._open.clear()
