@@ -4,18 +4,18 @@ What stands inside the lines is left to `gemb.text.records`.
 """
 
 import glob
-import gzip
 import hashlib
 import io
 import os
 import stat
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from gemb.errors import GembError, MachineError
 
@@ -56,6 +56,8 @@ UTF_16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 BLOCK_BYTES = 1 << 20
 """How much is read at a time."""
+
+_PACKED_BYTES = 1 << 16  # unpacked at a time; it can become a thousand times as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,26 +157,29 @@ def sniff_rows(stream: io.BufferedReader) -> Format:
     return "jsonl" if stream.peek(1).removeprefix(BOM).lstrip().startswith(b"{") else "text"
 
 
-def open_bytes(file: InputFile) -> io.BufferedReader:
-    """The bytes of `file`, decompressed, behind a read-ahead buffer; a BOM is left in."""
-    if file.path is not None:
-        stream: io.BufferedReader = io.BufferedReader(file.path.open("rb", buffering=0), BLOCK_BYTES)
-    elif isinstance(sys.stdin.buffer, io.BufferedReader):
-        stream = sys.stdin.buffer
-    else:
-        stream = io.BufferedReader(cast(io.RawIOBase, sys.stdin.buffer))
-    compression = file.compression
-    if file.is_stream and stream.peek(4).startswith(_GZIP_MAGIC):
-        compression = "gzip"
-    if file.is_stream and stream.peek(4).startswith(_ZSTD_MAGIC):
-        compression = "zstd"
-    if compression == "gzip":
-        return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=stream)), BLOCK_BYTES)
-    if compression == "zstd":
-        if find_spec("zstandard") is None:
+@contextmanager
+def open_bytes(file: InputFile) -> Iterator[io.BufferedReader]:
+    """The bytes of `file`, decompressed, behind a read-ahead buffer; a BOM is left in. stdin stays open."""
+    with ExitStack() as opened:
+        if file.path is not None:
+            raw = opened.enter_context(file.path.open("rb", buffering=0))
+            stream: io.BufferedReader = opened.enter_context(io.BufferedReader(raw, BLOCK_BYTES))
+        elif isinstance(sys.stdin.buffer, io.BufferedReader):
+            stream = sys.stdin.buffer
+        else:
+            stream = io.BufferedReader(cast(io.RawIOBase, sys.stdin.buffer))
+            opened.callback(stream.detach)  # else stdin would be closed with it
+        compression = file.compression
+        if file.is_stream and stream.peek(4).startswith(_GZIP_MAGIC):
+            compression = "gzip"
+        if file.is_stream and stream.peek(4).startswith(_ZSTD_MAGIC):
+            compression = "zstd"
+        if compression == "zstd" and find_spec("zstandard") is None:
             raise GembError(_no_zstandard(file.name))
-        return io.BufferedReader(_ZstdStream(stream), BLOCK_BYTES)
-    return stream
+        if compression != "none":
+            frames = _gzip_frame if compression == "gzip" else _zstd_frames()
+            stream = io.BufferedReader(opened.enter_context(_Unpacked(stream, frames)), BLOCK_BYTES)
+        yield stream
 
 
 def lines_of(file: InputFile, stream: io.BufferedReader) -> Iterator[bytes]:
@@ -192,7 +197,7 @@ def lines_of(file: InputFile, stream: io.BufferedReader) -> Iterator[bytes]:
                     raise GembError(_utf_16(file.name))
                 raw = raw.removeprefix(BOM)
             yield raw
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, _DamagedError) as error:
         raise GembError(_broken(file.name, line, error)) from error
     except OSError as error:
         reason = error.strerror or error
@@ -296,19 +301,40 @@ def _broken(name: str, line: int, error: Exception) -> str:
     return f"{name}: the compressed data break after line {line}: {detail}; fetch or make the file again"
 
 
-class _ZstdStream(io.RawIOBase):
-    """The decompressed bytes of any number of zstd frames.
+class _DamagedError(Exception):
+    """Compressed data that cannot be unpacked."""
 
-    zstandard's own reader takes a frame that is cut off for the end of the data; this one raises EOFError.
+
+class _Frame(Protocol):
+    """The decompressor of one gzip member or zstd frame."""
+
+    eof: bool
+    unused_data: bytes
+
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def _gzip_frame() -> _Frame:
+    return cast(_Frame, zlib.decompressobj(wbits=31))  # 31: with gzip's header and checksum
+
+
+def _zstd_frames() -> Callable[[], _Frame]:
+    import zstandard
+
+    return cast(Callable[[], _Frame], zstandard.ZstdDecompressor().decompressobj)
+
+
+class _Unpacked(io.RawIOBase):
+    """The decompressed bytes of any number of frames, one after the other.
+
+    Gives all that can be unpacked before it raises: EOFError where the data are cut off, for which
+    zstandard's own reader sees a regular end, and _DamagedError where they are damaged.
     """
 
-    def __init__(self, compressed: io.BufferedReader) -> None:
-        import zstandard
-
-        self._compressed = compressed
-        self._library = zstandard
-        self._decompressor = zstandard.ZstdDecompressor()
-        self._frame = self._decompressor.decompressobj()
+    def __init__(self, packed: io.BufferedReader, new_frame: Callable[[], _Frame]) -> None:
+        self._packed = packed
+        self._new_frame = new_frame
+        self._frame = new_frame()
         self._inside_frame = False
         self._next_frame = b""
         self._pending = memoryview(b"")
@@ -318,24 +344,38 @@ class _ZstdStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: "WriteableBuffer") -> int:
-        """Fills `buffer` as far as there are bytes; 0 at the end. Raises EOFError, zlib.error if damaged."""
+        """Fills `buffer` as far as there are bytes; 0 at the end."""
         while not self._pending:
-            block = self._next_frame or self._compressed.read1(BLOCK_BYTES >> 4)
-            if not block:
-                if self._inside_frame:
-                    raise EOFError
-                return 0
+            block = self._next_frame or self._packed.read1(_PACKED_BYTES)
             self._next_frame = b""
-            try:
-                self._pending = memoryview(self._frame.decompress(block))
-            except self._library.ZstdError as error:
-                raise zlib.error(str(error)) from error
-            self._inside_frame = not self._frame.eof
-            if self._frame.eof:
-                self._next_frame = self._frame.unused_data
-                self._frame = self._decompressor.decompressobj()
+            if not block and self._inside_frame:
+                raise EOFError
+            if not block:
+                return 0
+            self._pending = memoryview(self._unpack(block))
         target = memoryview(buffer).cast("B")
         count = min(len(target), len(self._pending))
         target[:count] = self._pending[:count]
         self._pending = self._pending[count:]
         return count
+
+    def _unpack(self, block: bytes) -> bytes:
+        if not self._inside_frame:
+            block = block.lstrip(b"\0")  # gzip files are padded with zeros on tapes and in tar archives
+            if not block:
+                return b""
+        try:
+            data = self._frame.decompress(block)
+        except _frame_errors() as error:
+            raise _DamagedError(str(error)) from error
+        self._inside_frame = not self._frame.eof
+        if self._frame.eof:
+            self._next_frame = self._frame.unused_data
+            self._frame = self._new_frame()
+        return data
+
+
+def _frame_errors() -> tuple[type[Exception], ...]:
+    """zlib's, and zstandard's if that is in use."""
+    library = sys.modules.get("zstandard")
+    return (zlib.error,) if library is None else (zlib.error, library.ZstdError)

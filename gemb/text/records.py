@@ -126,7 +126,8 @@ def check_fields(inputs: Sequence[InputFile], options: ReadOptions) -> None:
             if file.format == "parquet":
                 _open_parquet(rows).close()
             else:
-                next(_read_csv(rows, open_bytes(file), "\t" if file.format == "tsv" else ","), None)
+                with open_bytes(file) as stream:
+                    next(_read_csv(rows, stream, "\t" if file.format == "tsv" else ","), None)
         except GembError as error:
             problems.append(str(error))
     if len(problems) == 1:
@@ -138,14 +139,14 @@ def check_fields(inputs: Sequence[InputFile], options: ReadOptions) -> None:
 def _read_all(inputs: Sequence[InputFile], options: ReadOptions) -> Iterator[Record | Reject]:
     position = _Position(0, options.start)
     wanted = {field for field in (options.text_field, options.title_field, options.id_field) if field}
-    seen: set[str] = set()
+    seen: dict[str, None] = {}
     for file in inputs:
         rows = _Rows(file, options, position, number_ids=len(inputs) == 1)
         yield from _read_file(rows)
-        seen |= rows.seen_fields
+        seen.update(rows.seen_fields)
     # After a resume the rows before `start` were not looked at; lines of plain text have no fields at all.
-    if seen and not wanted <= seen and not options.start:
-        names = " and ".join(f'"{field}"' for field in sorted(wanted - seen))
+    if seen and not wanted <= seen.keys() and not options.start:
+        names = " and ".join(f'"{field}"' for field in sorted(wanted - seen.keys()))
         files = ", ".join(file.name for file in inputs)
         raise GembError(f"{files}: no row has {names}; the rows have {_few(seen)}")
 
@@ -158,9 +159,8 @@ def _read_file(rows: "_Rows") -> Iterator[Record | Reject]:
     if file.format == "parquet":
         yield from _read_parquet(rows)
         return
-    stream = open_bytes(file)
-    form = sniff_rows(stream) if file.format == "auto" else file.format
-    with stream:
+    with open_bytes(file) as stream:
+        form = sniff_rows(stream) if file.format == "auto" else file.format
         if form == "jsonl":
             yield from _read_jsonl(rows, stream)
         elif form == "csv":
@@ -202,7 +202,7 @@ class _Rows:
         self.file = file
         self.options = options
         self.position = position
-        self.seen_fields: set[str] = set()
+        self.seen_fields: dict[str, None] = {}
         self._line_id_prefix = "" if number_ids else f"{file.name}:"
         self._id_fields = (options.id_field,) if options.id_field else ID_FIELDS
         self._text_fields = (options.text_field,) if options.text_field else TEXT_FIELDS
@@ -210,7 +210,7 @@ class _Rows:
 
     def layout(self, keys: Sequence[str]) -> _Layout:
         if len(self.seen_fields) < _REMEMBERED_LAYOUTS:
-            self.seen_fields.update(keys)
+            self.seen_fields.update(dict.fromkeys(keys))
         title_fields = self._title_fields if self.options.use_titles else ()
         return _Layout(
             next((field for field in self._id_fields if field in keys), None),
@@ -344,12 +344,13 @@ def _read_jsonl(rows: _Rows, stream: io.BufferedReader) -> Iterator[Record | Rej
 
 def _broken_json(raw: bytes, error: orjson.JSONDecodeError) -> str:
     try:
-        raw.decode()
+        row = raw.decode().rstrip("\r\n")
     except UnicodeDecodeError as undecodable:
         return _not_utf_8(undecodable)
+    column = min(error.pos, len(row)) + 1
     if "surrogate" in error.msg:
-        return f"broken JSON at column {error.colno}: a lone surrogate (half a character) in a \\u escape"
-    return f"broken JSON at column {error.colno}: {error.msg}"
+        return f"broken JSON at column {column}: a lone surrogate (half a character) in a \\u escape"
+    return f"broken JSON at column {column}: {error.msg}"
 
 
 def _not_utf_8(error: UnicodeDecodeError) -> str:

@@ -42,9 +42,8 @@ _SPARE_CHARACTERS = 2048  # so that the piece also holds the margin of `_settled
 # A single word of so many characters ends there: the library needs 0.5 s for a million of them, and on ten
 # million spaces the regular expressions of byte-level tokenisers give up with a panic.
 _MOST_CHARACTERS = 1 << 20
-_SLICE_CHARACTERS = (
-    1 << 20
-)  # the library's encodings take some 100 bytes a token; a window is not held in them
+# A slice is tokenised at a time: the library's encodings take some 100 bytes a token, too much for a window.
+_SLICE_CHARACTERS = 1 << 18
 _BOUNDARIES_TRIED = 256
 _FIRST_PASSAGE_CHARACTERS_PER_TOKEN = 6
 
@@ -220,10 +219,13 @@ class Tokeniser:
         lengths = np.empty(len(texts), np.int32)
         lost = np.zeros(len(texts), np.int32)
         at_least = np.zeros(len(texts), np.bool_)
-        for first, last in _slices(texts):
-            rows = self._encode_slice(texts[first:last], first, lost, at_least)
-            lengths[first:last] = [len(ids) for ids in rows]
-            parts.append(np.fromiter(chain.from_iterable(rows), np.int32, int(lengths[first:last].sum())))
+        try:
+            for first, last in _slices(texts):
+                rows = self._encode_slice(texts[first:last], first, lost, at_least)
+                lengths[first:last] = [len(ids) for ids in rows]
+                parts.append(np.fromiter(chain.from_iterable(rows), np.int32, int(lengths[first:last].sum())))
+        except TypeError as error:
+            raise _refused(texts, error) from error
         ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
         return Encoded(ids, lengths, lost, at_least, prompt_tokens)
 
@@ -264,13 +266,10 @@ class Tokeniser:
         )
         for row in long:
             pieces[row] = ""
-        try:
-            rows = [encoding.ids for encoding in self._backend.encode_batch_fast(pieces)]
-            for row in long:
-                rows[row], at_least[offset + row] = self._encode_beginning(texts[row], limit)
-                lost[offset + row] = at_least[offset + row]  # raised below by what is cut off
-        except TypeError as error:
-            raise _surrogate(texts, offset, error) from error
+        rows = [encoding.ids for encoding in self._backend.encode_batch_fast(pieces)]
+        for row in long:
+            rows[row], at_least[offset + row] = self._encode_beginning(texts[row], limit)
+            lost[offset + row] = at_least[offset + row]  # raised below by what is cut off
         if self._table_rows is not None:
             for row, ids in enumerate(rows):
                 if ids and max(ids) >= self._table_rows:
@@ -320,7 +319,7 @@ class Tokeniser:
 
         - Between two words of the pre-tokeniser, with two more words behind. All published pre-tokenisers
           go from left to right and look ahead at most to the next word, but for those that group digits
-          from the right: there not between digits.
+          from the right: with them, nothing between digits is settled.
         - Inside a word of a BPE model, after token t, if for each token w with which the rest of the word
           can start, the word tw is encoded as t, w. For no merge can cross such a boundary: take the first
           that does. All merges before it happened on one side, and those in t and w in the same order as
@@ -336,19 +335,21 @@ class Tokeniser:
         tokens = _Tokens(self._backend, encoding.ids, words)
         first = max(wanted, 1)
         for boundary in range(first, last):
-            if tokens.starts_word(boundary) and tokens.words_after(boundary) >= 2:
-                between_digits = tokens[boundary - 1][-1:].isdigit() and tokens[boundary][:1].isdigit()
-                if not between_digits or self._groups_digits_from_the_left:
-                    return True
-        model = self._backend.model
-        for boundary in range(first, min(last, first + _BOUNDARIES_TRIED)):
-            if tokens.starts_word(boundary):
+            if self._groups_digits_from_the_right and tokens.may_be_between_digits(boundary):
                 continue
-            if isinstance(model, models.BPE) and self._bpe_keeps(model, tokens, boundary):
-                return True
-            if isinstance(model, models.Unigram) and self._unigram_keeps(tokens, boundary):
+            if tokens.starts_word(boundary):
+                if tokens.words_after(boundary) >= 2:
+                    return True
+            elif boundary < first + _BOUNDARIES_TRIED and self._keeps(tokens, boundary):
                 return True
         return False
+
+    def _keeps(self, tokens: "_Tokens", boundary: int) -> bool:
+        """True for a boundary inside a word that stays whatever follows the word."""
+        model = self._backend.model
+        if isinstance(model, models.BPE):
+            return self._bpe_keeps(model, tokens, boundary)
+        return isinstance(model, models.Unigram) and self._unigram_keeps(tokens, boundary)
 
     def _bpe_keeps(self, model: models.BPE, tokens: "_Tokens", boundary: int) -> bool:
         if model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix:
@@ -377,21 +378,15 @@ class Tokeniser:
         )
 
     @cached_property
-    def _groups_digits_from_the_left(self) -> bool:
-        """True if the first word of a run of digits does not depend on the length of the run."""
-        runs = [self._backend.encode("7" * count, add_special_tokens=False) for count in (7, 8, 9)]
-        return (
-            len(
-                {
-                    max(
-                        (end for word, (_, end) in zip(run.word_ids, run.offsets, strict=True) if word == 0),
-                        default=0,
-                    )
-                    for run in runs
-                }
-            )
-            == 1
-        )
+    def _groups_digits_from_the_right(self) -> bool:
+        """True if the first word of a run of digits depends on the length of the run, but is not all of it."""
+        sizes = [7, 8, 9]
+        firsts = []
+        for size in sizes:
+            run = self._backend.encode("7" * size, add_special_tokens=False)
+            in_first = zip(run.offsets, run.word_ids, strict=True)
+            firsts.append(max((end for (_, end), word in in_first if word == 0), default=0))
+        return firsts != sizes and len(set(firsts)) > 1
 
     @cached_property
     def _unknown_id(self) -> int:
@@ -448,6 +443,11 @@ class _Tokens:
         """Words behind the one at `position`."""
         return self._words[-1] - self._words[position]
 
+    def may_be_between_digits(self, boundary: int) -> bool:
+        """False if one side of it is no digit; what is not ASCII in byte-level tokens may be a digit."""
+        sides = (self[boundary - 1][-1:], self[boundary][:1])
+        return all(side.isdigit() or not side.isascii() for side in sides)
+
     def text_after(self, boundary: int, characters: int) -> str:
         """The next `characters` of the word behind `boundary`, or less if it ends."""
         text = ""
@@ -491,16 +491,16 @@ def _border(window: str, length: int) -> int:
     return length
 
 
-def _surrogate(texts: Sequence[object], offset: int, error: TypeError) -> Exception:
-    """What to raise for texts that the library refuses."""
+def _refused(texts: Sequence[object], error: TypeError) -> Exception:
+    """What to raise for texts that the library refuses with `error`."""
     for row, text in enumerate(texts):
         if not isinstance(text, str):
-            return TypeError(f"text {offset + row} is of type {type(text).__name__}, not str")
+            return TypeError(f"text {row} is of type {type(text).__name__}, not str")
         try:
             text.encode()
         except UnicodeEncodeError as undecodable:
             return GembError(
-                f"text {offset + row} has a lone surrogate (half a character) at character "
+                f"text {row} has a lone surrogate (half a character) at character "
                 f"{undecodable.start}; text.encode('utf-8', 'replace').decode() replaces it"
             )
     return error
