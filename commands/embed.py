@@ -21,6 +21,9 @@ from ._options import (
 )
 from ._show import show
 
+DEVICE_OPTION = option(EmbedRecipe, "device")
+DEVICE_OPTION.param_decls = (*DEVICE_OPTION.param_decls, "--devices")  # for lists, the same thing
+
 
 def embed(
     inputs: Annotated[
@@ -48,7 +51,7 @@ def embed(
     max_rejects: Annotated[str | None, option(EmbedRecipe, "max_rejects")] = None,
     limit_rows: Annotated[int | None, option(EmbedRecipe, "limit_rows")] = None,
     max_seconds: Annotated[float | None, option(EmbedRecipe, "max_seconds")] = None,
-    device: Annotated[str | None, option(EmbedRecipe, "device")] = None,
+    device: Annotated[str | None, DEVICE_OPTION] = None,
     precision: Annotated[str | None, option(EmbedRecipe, "precision")] = None,
     threads: Annotated[int | None, option(EmbedRecipe, "threads")] = None,
     batch_tokens: Annotated[int | None, option(EmbedRecipe, "batch_tokens")] = None,

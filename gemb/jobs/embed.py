@@ -93,6 +93,13 @@ class EmbedRecipe(ComputeRecipe):
     wait_lock: float = Field(default=0.0, ge=0)
     """Seconds to wait while another run holds the output."""
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _check_precision(cls, value: object) -> object:
+        if value in ("fp16", "f16", "float16", "half"):
+            raise ValueError(f"{value!r} is refused: float16 gives NaN in Gemma models; use bf16 or fp32")
+        return value
+
     @field_validator("max_rejects")
     @classmethod
     def _check_max_rejects(cls, value: int | str | None) -> int | str | None:
@@ -110,9 +117,9 @@ class EmbedRecipe(ComputeRecipe):
         return value
 
 
-def plan(recipe: EmbedRecipe, *, open_engine: OpenEngine = open_torch_engine) -> Plan:
+def plan(recipe: EmbedRecipe, *, open_engine: OpenEngine | None = None) -> Plan:
     """What `run` would do, for --dry-run: rows, tokens, sizes, device and time. Writes nothing."""
-    return make_plan(prepare(recipe), open_engine)
+    return make_plan(prepare(recipe), open_engine or open_torch_engine)
 
 
 def run(

@@ -764,7 +764,7 @@ def test_rows_that_are_all_refused(bench: Bench) -> None:
             "broken JSON at column 22: a lone surrogate (half a character) in a \\u escape",
         ),
         (b'{"id": "a", "text": "\xff"}', "not UTF-8: byte 0xff at byte 21 of the row"),
-        (b'{"id": "a", "text": "w1"', "broken JSON at column 1: unexpected end of data"),
+        (b'{"id": "a", "text": "w1"', "broken JSON at column 25: unexpected end of data"),
         (b'{"id": 1.5, "text": "w1"}', '"id" is the number 1.5, not a string or an integer'),
         (b"7", "the number 7, not an object with a text"),
     ],
