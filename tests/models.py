@@ -245,11 +245,12 @@ def random_texts(lengths: Sequence[int], seed: int = 0) -> list[str]:
 
 
 def packed(
-    folder: Path, texts: Sequence[str]
+    folder: Path, texts: Sequence[str], max_tokens: int = MAX_TOKENS
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
     """int32 ids[T] and lengths[B] of `texts` packed longest first, and the row that each text has there."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(MAX_TOKENS)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_tokens)
     tokens = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
     order = sorted(range(len(texts)), key=lambda row: -len(tokens[row]))
     rows = np.empty(len(texts), dtype=np.int64)

@@ -206,8 +206,8 @@ class Rotary:
     def at(self, layout: Layout) -> Tensor:
         """The turns of each token of a batch, complex64[T, 1, C/2]."""
         table = self._table  # by name: another thread may put a shorter one in its place meanwhile
-        if len(table) < layout.longest or table.device != layout.positions.device:
-            size = 1 << max(8, (layout.longest - 1).bit_length())
+        if len(table) <= layout.longest or table.device != layout.positions.device:
+            size = 1 << max(8, layout.longest.bit_length())
             # transformers multiplies fp32 positions and frequencies; so do we, for equal angles.
             angles = torch.arange(size).float()[:, None] * self._frequencies.float()
             table = torch.polar(torch.full_like(angles, self._factor), angles).to(layout.positions.device)
