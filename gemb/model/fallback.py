@@ -71,12 +71,14 @@ def _load(folder: ModelFolder, dtype: torch.dtype) -> Any:  # noqa: ANN401  # tr
         )
     settings = {key: value for key, value in folder.config.items() if key != "auto_map"}
     config = CONFIG_MAPPING[family].from_dict(settings)
-    encoder_alone = config.is_encoder_decoder and family in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
-    if config.is_encoder_decoder and not encoder_alone:
+    encoder_class = MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(family)
+    if config.is_encoder_decoder and encoder_class is None:
         raise MismatchError(
             f"{place / 'config.json'}: the model type {family!r} is an encoder-decoder whose encoder "
             "transformers does not load alone; use a folder that holds the encoder only"
         )
+    encoder_alone = config.is_encoder_decoder or encoder_class in (config.architectures or [])
+    config.is_encoder_decoder = False
     loader = AutoModelForTextEncoding if encoder_alone else AutoModel
     folder.weights()  # refuses pickles and damaged files with a message of its own
     with _quiet():
