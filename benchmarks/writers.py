@@ -8,6 +8,7 @@ the moves. The disk takes part, so a second column gives the processor time alon
 """
 
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -118,6 +119,7 @@ def main(
     for line in machine.lines():
         console.print(line, highlight=False)
     result: dict[str, Any] = {"rows": rows, "rounds": rounds, "window_rows": WINDOW_ROWS, "bars_at_768": BARS}
+    result["load_at_start"] = os.getloadavg()[0]  # above 1 the clock measures the neighbours too
     for dims in (384, 768):
         rates = measure(rows, dims, rounds, place)
         result[f"dims_{dims}"] = rates
