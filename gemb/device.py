@@ -77,19 +77,22 @@ def processor() -> Processor:
     name, flags = platform.processor() or platform.machine(), frozenset[str]()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-        if model := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
-            name = " ".join(model[1].split())
-        if found := re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE):
-            flags = frozenset(found[1].split())
-            if "asimd" in flags:
-                flags |= {"neon"}
-    elif platform.system() == "Darwin":
+        return _from_cpuinfo(cpuinfo.read_text(encoding="utf-8", errors="replace"), name)
+    if platform.system() == "Darwin":
         name = _sysctl("machdep.cpu.brand_string") or name
         flags = frozenset({"neon"} if platform.machine() == "arm64" else ())
         if _sysctl("hw.optional.arm.FEAT_BF16") == "1":
             flags |= {"bf16"}
     return Processor(name, flags)
+
+
+def _from_cpuinfo(text: str, name: str) -> Processor:
+    """The processor that Linux describes; `name` where it gives none, as on ARM."""
+    if model := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
+        name = " ".join(model[1].split())
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = frozenset(found[1].split() if found else ())
+    return Processor(name, flags | {"neon"} if "asimd" in flags else flags)
 
 
 def _sysctl(key: str) -> str:
@@ -115,16 +118,32 @@ def available_threads() -> int:
     return count
 
 
-def _cgroup_processors(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """The CPU quota of this process's cgroup in processors, None if there is none (v2, then v1)."""
+def _cgroup_processors(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> float | None:
+    """The CPU quota of this process's cgroup and those above it, in processors; None if there is none."""
     try:
-        quota, period = (root / "cpu.max").read_text().split()[:2]
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        pass
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = []
+    quotas = []
+    for line in ("0::/", "0:cpu:/", *lines):  # the roots too: a container sees its own cgroup as the root
+        _, controllers, path = line.split(":", 2)
+        place = Path(path.lstrip("/"))
+        for folder in (place, *place.parents):
+            if not controllers:
+                quotas.append(_quota(root / folder / "cpu.max"))  # version 2
+            elif "cpu" in controllers.split(","):
+                files = (root / "cpu" / folder / f"cpu.cfs_{part}_us" for part in ("quota", "period"))
+                quotas.append(_quota(*files))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _quota(*files: Path) -> float | None:
+    """Quota over period, from one file or one each; None where there is no limit."""
     try:
-        quota_us = int((root / "cpu/cpu.cfs_quota_us").read_text())
-        return None if quota_us <= 0 else quota_us / int((root / "cpu/cpu.cfs_period_us").read_text())
+        quota, period = " ".join(file.read_text() for file in files).split()[:2]
+        return int(quota) / int(period) if int(quota) > 0 else None
     except (OSError, ValueError):
         return None
 
