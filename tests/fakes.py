@@ -50,6 +50,7 @@ class FakeEngine:
         self.batch_tokens = batch_tokens
         self.workers = workers
         self.device_line = "fake"
+        self.notes: tuple[str, ...] = ()
         self.closed = False
         self.calls: list[int] = []
         """Tokens of every batch that was begun."""

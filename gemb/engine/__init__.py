@@ -43,6 +43,8 @@ class Engine(Protocol):
     """Threads that may call `forward` at the same time."""
     device_line: str
     """What runs where and why, as it is shown to people."""
+    notes: tuple[str, ...]
+    """What runs otherwise than it could, one sentence each; shown too."""
 
     def forward(self, batch: Batch) -> NDArray[np.float32]:
         """Vectors [B, D] of the rows of a batch, in the order of the batch.

@@ -51,6 +51,7 @@ class ProcessEngine:
     batch_tokens: int
     workers: int
     device_line: str
+    notes: tuple[str, ...]
 
     def __init__(
         self,
@@ -75,6 +76,7 @@ class ProcessEngine:
         self.workers = sum(process.places for process in self._processes)
         lines = dict.fromkeys(process.device_line for process in self._processes)
         self.device_line = f"{len(self._processes)} processes: " + "; ".join(lines)
+        self.notes = tuple(dict.fromkeys(note for process in self._processes for note in process.notes))
 
     @property
     def process_ids(self) -> list[int]:
@@ -160,7 +162,7 @@ class _Process:
             ) from error
         if isinstance(answer, BaseException):
             raise answer
-        self.dims, self.batch_tokens, workers, self.device_line = answer
+        self.dims, self.batch_tokens, workers, self.device_line, self.notes = answer
         self.places = workers + PREFETCH
         threading.Thread(target=self._receive, name=f"gemb-from-{self.name}", daemon=True).start()
 
@@ -228,7 +230,7 @@ def _serve(open_engine: Callable[[], Engine], connection: Connection) -> None:
     except GembError as error:
         connection.send(_portable(error))
         return
-    connection.send((engine.dims, engine.batch_tokens, engine.workers, engine.device_line))
+    connection.send((engine.dims, engine.batch_tokens, engine.workers, engine.device_line, engine.notes))
     sending = threading.Lock()
 
     def answer(number: int, batch: Batch) -> None:

@@ -73,7 +73,8 @@ def make_plan(setup: Setup, open_engine: OpenEngine) -> Plan:
         ]
     if free is not None:
         shown.append(("disk", f"about {readable_bytes(needed)} needed, {readable_bytes(free)} free"))
-    shown += [("note", note) for note in setup.notes]
+    notes = [*setup.notes, *engine.notes]
+    shown += [("note", note) for note in notes]
     data: dict[str, object] = {
         "rows": None if setup.reads_pipe else rows,
         "rows_complete": complete,
@@ -89,7 +90,7 @@ def make_plan(setup: Setup, open_engine: OpenEngine) -> Plan:
         "fingerprint": fingerprint(setup.folder),
         "prompt": {"name": setup.template.name, "text": setup.template.prefix},
         "device": engine.device_line,
-        "notes": list(setup.notes),
+        "notes": notes,
     }
     outputs = [] if setup.is_stream else output_files(setup.output, layout)
     return Plan(title=f"would embed {about}{rows:,} rows to {where}", rows=shown, data=data, outputs=outputs)

@@ -232,6 +232,7 @@ class Run:
             if sys.exception() is not None:
                 ahead.close()
         self._device_line = engine.device_line
+        self._notes += engine.notes
         self._watch.begin(state.counts, setup.inputs)
         destination = Destination(
             sink, rejects, journal, seen, open_cache, setup.dims, setup.normalise, setup.shard is not None

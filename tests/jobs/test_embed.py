@@ -718,6 +718,16 @@ def test_the_record_tells_request_report_recipe_and_checksums(bench: Bench) -> N
     assert record["versions"].keys() == {"gemb", "torch", "tokenizers", "numpy"}
 
 
+def test_what_the_engine_remarks_is_reported(bench: Bench) -> None:
+    def open_engine() -> FakeEngine:
+        engine = FakeEngine()
+        engine.notes = ("runs through transformers",)
+        return engine
+
+    bench.engine = open_engine
+    assert ("note", "runs through transformers") in bench.run(bench.write(rows_of(3))).rows
+
+
 def test_one_row_is_enough(bench: Bench) -> None:
     bench.run(bench.write([{"text": "w1"}]))
     assert ids_of(bench.place / "docs.npy") == ["1"]
