@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -250,6 +251,33 @@ def test_two_runs_on_one_output_do_not_meet(place: Place) -> None:
     first.kill()
     first.communicate()
     assert place.run("docs.jsonl", "-o", "docs.npy")[0] == 0  # the lock went with its holder
+
+
+def obey_modes() -> None:
+    """Let root, too, be refused by the mode bits of a file: drop CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    if os.geteuid() == 0:
+        pr_capbset_drop = 24  # linux/prctl.h
+        for capability in (1, 2):
+            if ctypes.CDLL(None).prctl(pr_capbset_drop, capability, 0, 0, 0):
+                raise OSError("the capabilities of root cannot be dropped")
+
+
+def test_an_input_that_may_not_be_read(place: Place) -> None:
+    place.write(1)
+    (place.folder / "docs.jsonl").chmod(0)
+    code, err = place.run("docs.jsonl", "-o", "-", preexec_fn=obey_modes)
+    assert (code, err) == (2, "gemb: docs.jsonl: no permission to read it\n")
+
+
+def test_an_output_that_may_not_be_written(place: Place) -> None:
+    place.write(1)
+    place.folder.chmod(0o555)
+    code, err = place.run("docs.jsonl", "-o", "docs.npy", preexec_fn=obey_modes)
+    place.folder.chmod(0o755)
+    assert (code, err) == (
+        2,
+        "gemb: cannot write docs.npy: permission denied; change its mode or choose another path\n",
+    )
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from gemb.engine import Engine
 from gemb.errors import Exit, GembError, LockedError, MismatchError, UnavailableError
@@ -802,13 +803,6 @@ def test_a_missing_file(bench: Bench) -> None:
     assert refused(bench, "absent.jsonl") == ("absent.jsonl: no such file or folder", Exit.USAGE)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_an_unreadable_file(bench: Bench) -> None:
-    source = bench.write(rows_of(1))
-    source.chmod(0)
-    assert refused(bench, source) == (f"{source}: no permission to read it", Exit.USAGE)
-
-
 def test_an_empty_folder(bench: Bench) -> None:
     (bench.place / "nothing").mkdir()
     assert refused(bench, "nothing") == ("nothing: the folder holds nothing", Exit.USAGE)
@@ -878,6 +872,64 @@ def test_a_vocabulary_that_does_not_fit_the_weights(bench: Bench) -> None:
         "tokenizer and weights are not of one model"
     )
     assert code == Exit.MISMATCH
+
+
+def test_a_model_without_weights(bench: Bench) -> None:
+    (bench.model / "model.safetensors").unlink()
+    assert refused(bench, bench.write(rows_of(1))) == (
+        f"{bench.model} has no weights: no model.safetensors and no model.safetensors.index.json; "
+        "download the model again",
+        Exit.UNAVAILABLE,
+    )
+
+
+def test_weights_that_are_cut_short(bench: Bench) -> None:
+    weights = bench.model / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-4])
+    assert refused(bench, bench.write(rows_of(1))) == (
+        f"{weights} is damaged: cut short at {len(content) - 4} of {len(content)} bytes; "
+        "download or copy it again",
+        Exit.UNAVAILABLE,
+    )
+
+
+def test_weights_that_are_not_numbers(bench: Bench) -> None:
+    weights = bench.model / "model.safetensors"
+    save_file({"weight": np.array([1, np.nan], dtype=np.float32)}, weights)
+    assert refused(bench, bench.write(rows_of(1))) == (
+        f"{weights} is damaged: 1 of the 2 numbers of weight are NaN or infinite; "
+        "download the model again, or train it anew",
+        Exit.UNAVAILABLE,
+    )
+
+
+def test_weights_that_are_only_a_pickle(bench: Bench) -> None:
+    (bench.model / "model.safetensors").rename(bench.model / "pytorch_model.bin")
+    message, code = refused(bench, bench.write(rows_of(1)))
+    assert message.startswith(
+        f"{bench.model} has its weights only as pickle (pytorch_model.bin), which can run code when loaded"
+    )
+    assert code == Exit.UNAVAILABLE
+
+
+def test_a_module_that_is_not_known(bench: Bench) -> None:
+    path = bench.model / "modules.json"
+    modules = json.loads(path.read_text())
+    modules.append({"idx": 3, "path": "3_Other", "type": "sentence_transformers.models.WeightedLayerPooling"})
+    path.write_text(json.dumps(modules))
+    assert refused(bench, bench.write(rows_of(1))) == (
+        f"{path}: gemb does not know the module sentence_transformers.models.WeightedLayerPooling; "
+        "it knows Transformer, Pooling, Dense, LayerNorm, Normalize",
+        Exit.MISMATCH,
+    )
+
+
+def test_a_name_that_would_have_to_be_downloaded_offline(bench: Bench) -> None:
+    message, code = refused(bench, bench.write(rows_of(1)), model="nobody/nothing", offline=True)
+    assert message.startswith("nobody/nothing is not in the cache ")
+    assert "--offline forbids a download" in message
+    assert code == Exit.UNAVAILABLE
 
 
 def test_int8_cannot_be_sharded_or_streamed(bench: Bench) -> None:
