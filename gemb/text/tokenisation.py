@@ -59,6 +59,7 @@ _PLAIN_MODEL_TYPES = (
     "mistral3",
     "phi3",
 )
+_BLANKS = " \t\n\r▁ĠĉĊč"  # as they are, in SentencePiece, in byte-level vocabularies
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 # Where a passage may end, best first. Positions after the match.
@@ -340,6 +341,8 @@ class Tokeniser:
             if tokens.starts_word(boundary):
                 if tokens.words_after(boundary) >= 2:
                     return True
+            elif self._swallows_blanks and tokens.is_between_blanks(boundary):
+                continue
             elif boundary < first + _BOUNDARIES_TRIED and self._keeps(tokens, boundary):
                 return True
         return False
@@ -368,8 +371,7 @@ class Tokeniser:
 
     def _unigram_keeps(self, tokens: "_Tokens", boundary: int) -> bool:
         longest = self._longest_token
-        if tokens.has(self._unknown_id, boundary - longest, boundary + longest):
-            return False  # the characters of an unknown token cannot be told from its id
+        # An unknown token hides its characters, but a piece with one of them would have won over it.
         left, right = tokens.text_before(boundary, longest), tokens.text_after(boundary, longest)
         return not any(
             self._backend.token_to_id(left[-before:] + right[:after]) is not None
@@ -379,7 +381,7 @@ class Tokeniser:
 
     @cached_property
     def _groups_digits_from_the_right(self) -> bool:
-        """True if the first word of a run of digits depends on the length of the run, but is not all of it."""
+        """True if the first word of a run of digits depends on its length but is not all of it."""
         sizes = [7, 8, 9]
         firsts = []
         for size in sizes:
@@ -389,10 +391,9 @@ class Tokeniser:
         return firsts != sizes and len(set(firsts)) > 1
 
     @cached_property
-    def _unknown_id(self) -> int:
-        """The id of a piece that is in no vocabulary; -1 if it gives no token."""
-        tokens = self._backend.model.tokenize("\U0010fffd")  # a private character
-        return tokens[0].id if tokens else -1
+    def _swallows_blanks(self) -> bool:
+        """True if some added token takes all the blanks before it, however many (`[MASK]` of ModernBERT)."""
+        return any(token.lstrip for token in self._backend.get_added_tokens_decoder().values())
 
     @cached_property
     def _longest_token(self) -> int:
@@ -433,9 +434,6 @@ class _Tokens:
     def __getitem__(self, position: int) -> str:
         return self._backend.id_to_token(self._ids[position]) or ""
 
-    def has(self, number: int, first: int, last: int) -> bool:
-        return number in self._ids[max(first, 0) : last]
-
     def starts_word(self, position: int) -> bool:
         return self._words[position - 1] != self._words[position]
 
@@ -447,6 +445,9 @@ class _Tokens:
         """False if one side of it is no digit; what is not ASCII in byte-level tokens may be a digit."""
         sides = (self[boundary - 1][-1:], self[boundary][:1])
         return all(side.isdigit() or not side.isascii() for side in sides)
+
+    def is_between_blanks(self, boundary: int) -> bool:
+        return not any(side.strip(_BLANKS) for side in (self[boundary - 1], self[boundary]))
 
     def text_after(self, boundary: int, characters: int) -> str:
         """The next `characters` of the word behind `boundary`, or less if it ends."""

@@ -64,6 +64,7 @@ ODD_TEXTS = [
     *("x" * 3000, "don't  WON'T", "😀👩\u200d👩\u200d👧 🇩🇪 emoji", "a\x00b\x07c\u200b\u200d\ufeffd"),
     *("ＡＢＣ ｱｲｳ ①", "é e\u0301 ñ Éa", "İstanbul ΣΑΣ", "1234567890" * 40, "3.14159e-10"),
     "<bos>x<eos> [CLS] y [SEP] <s> </s> <unk> z <mask> q <pad>",
+    "a<s>b</s>c[SEP]d<|endoftext|>e",
     "<image_soft_token> <h1>t</h1>\n\n\n\n<p>",
     *("中文字 abc 没有空格的句子。" * 40, "日本語のテキスト" * 30, "한국어 텍스트"),
 ]
@@ -128,7 +129,9 @@ def trained(kind: str) -> str:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-    tokenizer.train_from_iterator([*prose(), *(text for text in ODD_TEXTS if len(text) < 100)], trainer)
+    tokenizer.train_from_iterator(
+        [*prose(), *(text for text in ODD_TEXTS if len(text) < 100 and "<" not in text)], trainer
+    )
     if kind == "unigram":
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
@@ -364,24 +367,53 @@ def test_cutting_a_text_before_tokenising_never_changes_the_ids_that_are_kept(
     tokeniser = tokeniser_named(name, 12)
     whole = tokeniser.encode(texts)  # all are shorter than 2,048 characters: nothing is cut before
     assert not whole.at_least.any()
-    monkeypatch.setattr(tokenisation, "_CHARACTERS_PER_TOKEN", 2)
-    monkeypatch.setattr(tokenisation, "_SPARE_CHARACTERS", 40)
-    cut = tokeniser.encode(texts)
-    assert rows_of(cut) == rows_of(whole)
-    assert np.all(cut.lost <= whole.lost)
-    assert np.array_equal(cut.lost > 0, whole.lost > 0)
-    assert cut.at_least.mean() > 0.3
+    monkeypatch.setattr(tokenisation, "_CHARACTERS_PER_TOKEN", 0)
+    for characters in (20, 33, 47, 60):  # hardly more than the tokens that are kept, and 4 and 16 times that
+        monkeypatch.setattr(tokenisation, "_SPARE_CHARACTERS", characters)
+        cut = tokeniser.encode(texts)
+        assert rows_of(cut) == rows_of(whole)
+        assert np.all(cut.lost <= whole.lost)
+        assert np.array_equal(cut.lost > 0, whole.lost > 0)
+        assert cut.at_least.mean() > 0.3
 
 
-def test_without_the_settling_rules_a_cut_does_change_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_and_margin_are_both_needed_to_settle_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the test above: its texts do find a careless cut."""
     texts = long_texts(200)
     tokeniser = tokeniser_named("minilm", 12)
     whole = rows_of(tokeniser.encode(texts))
-    monkeypatch.setattr(tokenisation, "_CHARACTERS_PER_TOKEN", 2)
-    monkeypatch.setattr(tokenisation, "_SPARE_CHARACTERS", 0)
+    monkeypatch.setattr(tokenisation, "_CHARACTERS_PER_TOKEN", 0)
+    monkeypatch.setattr(tokenisation, "_SPARE_CHARACTERS", 33)
     monkeypatch.setattr(Tokeniser, "_settled", lambda *_: True)
     assert rows_of(tokeniser.encode(texts)) != whole
+
+
+def test_a_bpe_that_merges_from_the_right_is_tokenised_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each letter would rather merge with the one behind it than with the one before: where the word ends
+    # decides which letters pair up, down to its very beginning.
+    letters = [chr(0x4E00 + number) for number in range(301)]
+    pairs = list(itertools.pairwise(letters))
+    vocabulary = {token: number for number, token in enumerate([*letters, *map("".join, pairs)])}
+    tokeniser = Tokeniser(Tokenizer(models.BPE(vocabulary, pairs[::-1])), max_tokens=5)
+    text = "".join(letters)
+    (expected,) = rows_of(tokeniser.encode([text]))
+    assert expected[:2] == [0, vocabulary[letters[1] + letters[2]]]
+    monkeypatch.setattr(tokenisation, "_CHARACTERS_PER_TOKEN", 0)
+    monkeypatch.setattr(tokenisation, "_SPARE_CHARACTERS", 40)
+    cut = tokeniser.encode([text])
+    assert rows_of(cut) == [expected]
+    assert not cut.at_least[0]
+
+
+def test_a_mask_that_swallows_the_blanks_before_it_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer.from_str(trained("qwen"))
+    tokenizer.add_special_tokens([AddedToken("[MASK]", lstrip=True)])
+    tokeniser = Tokeniser(tokenizer, max_tokens=8)
+    text = "a" + " " * 3000 + "[MASK] and more"
+    (expected,) = rows_of(tokeniser.encode([text]))
+    assert len(expected) < 8
+    monkeypatch.setattr(tokenisation, "_CHARACTERS_PER_TOKEN", 1)
+    assert rows_of(tokeniser.encode([text])) == [expected]
 
 
 TEN_MEGABYTES: dict[str, Callable[[], str]] = {
