@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+# As the engine runs: products on several threads sum in another order, and tiny ones wait for each other.
+torch.set_num_threads(1)
+
 VOCABULARY = 200
 """Entries, the special tokens and `w4` to `w199`."""
 MAX_TOKENS = 48

@@ -125,7 +125,7 @@ def _layer_types(family: str, config: Mapping[str, Any]) -> list[str]:
     layers = _layers(config)
     declared = config.get("layer_types")
     if family == "mistral":
-        return [_SLIDING if config.get("sliding_window") else "full_attention"] * layers
+        return [_SLIDING if config.get("sliding_window", 4096) else "full_attention"] * layers
     if isinstance(declared, list):
         return [str(kind) for kind in declared]
     if family in ("gemma3_text", "t5gemma2_text", "embedding_gemma2_text"):

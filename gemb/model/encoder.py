@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gemb.errors import MismatchError
 from gemb.model.blocks import Backbone
 from gemb.model.families import NotPacked, family
 from gemb.model.folder import DenseSettings, LayerNormSettings, ModelFolder, ModuleSpec
 from gemb.model.kernels import Kernels
 from gemb.model.layout import Layout
 from gemb.model.pooling import LINEAR_MODES, pool
-from gemb.model.weights import Weights
+from gemb.model.weights import DTYPE_NAMES, Weights
 
 Step = Callable[[Tensor], Tensor]
 """[B, D] -> [B, D'] in fp32."""
@@ -42,8 +43,10 @@ class PackedEncoder:
 
     def _backbone(self, folder: ModelFolder) -> Backbone:
         config = {"model_type": folder.family, **folder.text_config}
+        weights = folder.weights()
+        _check_dtypes(folder, weights)
         try:
-            return family(config["model_type"]).build(config, folder.weights(), self.kernels)
+            return family(config["model_type"]).build(config, weights, self.kernels)
         except NotPacked as reason:
             from gemb.model.fallback import TransformersBackbone
 
@@ -86,6 +89,18 @@ class PackedEncoder:
         return x if projection is None else projection(x.to(self.kernels.dtype)).float()
 
 
+def _check_dtypes(folder: ModelFolder, weights: Weights) -> None:
+    """Raises MismatchError if the weights of the backbone are quantised: numbers that mean nothing alone."""
+    quantised = [name for name in weights if weights.spec(name).dtype not in DTYPE_NAMES and "weight" in name]
+    if not quantised and not folder.config.get("quantization_config"):
+        return
+    seen = f" ({quantised[0]} is {weights.spec(quantised[0]).dtype})" if quantised else ""
+    raise MismatchError(
+        f"{folder.transformer.folder / 'config.json'}: the weights are quantised{seen}, which gemb does not "
+        "compute with; use the model that they were made from"
+    )
+
+
 def _steps(modules: Sequence[ModuleSpec], device: str) -> list[Step]:
     """The modules after pooling. Neighbouring Dense layers with nothing between them become one matrix."""
     steps: list[Step] = []
@@ -94,11 +109,11 @@ def _steps(modules: Sequence[ModuleSpec], device: str) -> list[Step]:
         settings = module.settings
         if isinstance(settings, DenseSettings):
             weights = module.weights()
-            dense = _Affine.read(weights, "linear", device)
+            dense = _Affine.read(weights, "linear", device, has_bias=settings.bias)
             if settings.residual:
                 steps += [] if waiting is None else [waiting]
                 square = settings.in_features == settings.out_features
-                shortcut = None if square else _Affine.read(weights, "residual", device)
+                shortcut = None if square else _Affine.read(weights, "residual", device, has_bias=False)
                 steps.append(_Residual(dense, getattr(nn, settings.activation)(), shortcut))
                 waiting = None
                 continue
@@ -128,12 +143,9 @@ class _Affine:
     bias: Tensor | None
 
     @classmethod
-    def read(cls, weights: Weights, name: str, device: str) -> "_Affine":
-        bias = f"{name}.bias"
-        return cls(
-            weights.tensor(f"{name}.weight").float().contiguous().to(device),
-            weights.tensor(bias).float().to(device) if bias in weights else None,
-        )
+    def read(cls, weights: Weights, name: str, device: str, *, has_bias: bool) -> "_Affine":
+        matrix = weights.tensor(f"{name}.weight").float().contiguous().to(device)
+        return cls(matrix, weights.tensor(f"{name}.bias").float().to(device) if has_bias else None)
 
     def after(self, first: "_Affine") -> "_Affine":
         """The one layer that equals `first`, then this one."""

@@ -69,7 +69,9 @@ def _load(folder: ModelFolder, dtype: torch.dtype) -> Any:  # noqa: ANN401  # tr
             f"{place / 'config.json'}: the model type {family!r} is known neither to gemb nor to "
             f"the installed transformers{remote}; use a model of another family, or a newer transformers"
         )
-    settings = {key: value for key, value in folder.config.items() if key != "auto_map"}
+    # An attention of the machine that saved the folder may not be here; transformers picks one that is.
+    left_out = ("auto_map", "attn_implementation", "_attn_implementation")
+    settings = {key: value for key, value in folder.config.items() if key not in left_out}
     config = CONFIG_MAPPING[family].from_dict(settings)
     encoder_class = MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(family)
     if config.is_encoder_decoder and encoder_class is None:

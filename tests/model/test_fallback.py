@@ -106,6 +106,14 @@ def test_transformers_keeps_quiet_and_its_loudness_comes_back(
     assert transformers.logging.get_verbosity() == level
 
 
+def test_an_attention_that_is_not_installed_here_is_not_asked_for(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model", "mpnet", config={"_attn_implementation": "flash_attention_2"})
+    ids, lengths, _ = packed(folder, TEXTS)
+    plain = tiny_folder(tmp_path / "plain", "mpnet")
+    ours, theirs = (PackedEncoder(read_folder(one), CPU).forward(ids, lengths) for one in (folder, plain))
+    assert torch.equal(ours, theirs)
+
+
 # --- what is refused
 
 

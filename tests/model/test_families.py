@@ -191,6 +191,14 @@ def test_a_vector_is_the_same_to_the_bit_in_every_batch(
     )
 
 
+@pytest.mark.parametrize("name", ["roberta", "bert"])
+def test_a_text_that_spells_the_padding_out_equals_sentence_transformers(name: str, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model", name, normalises=False)
+    texts = ["w5 <pad> w6 w7 <pad> <pad> w8", "<pad>", "w9 w10 w11 w12", "<pad> w5 w6", "w5 w6 <pad>"]
+    theirs = reference(folder).encode(texts)
+    assert np.abs(vectors_of(encoder(folder), folder, texts) - theirs).max() <= FP32
+
+
 # --- windows
 
 
@@ -434,6 +442,28 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(MismatchError, match=r"has no tensor layers\.2\.mlp\.up_proj\.weight"):
         encoder(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, None])
+def test_quantised_weights_are_refused(dtype: torch.dtype | None, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model", "llama")
+    seen = ""
+    if dtype is None:
+        settings = json.loads((folder / "config.json").read_text("utf-8"))
+        settings["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+        (folder / "config.json").write_text(json.dumps(settings), "utf-8")
+    else:
+        tensors = load_file(folder / "model.safetensors")
+        tensors["layers.0.mlp.up_proj.weight"] = tensors["layers.0.mlp.up_proj.weight"].to(dtype)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        name = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}[dtype]
+        seen = f" (layers.0.mlp.up_proj.weight is {name})"
+    with pytest.raises(MismatchError) as caught:
+        encoder(folder)
+    assert str(caught.value) == (
+        f"{folder / 'config.json'}: the weights are quantised{seen}, which gemb does not compute with; "
+        "use the model that they were made from"
+    )
 
 
 def test_weights_of_another_family_are_not_packed(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from gemb.model.kernels import (
 )
 from gemb.model.layout import Layout
 
+torch.set_num_threads(1)  # as the engine runs
+
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),
     pytest.param(

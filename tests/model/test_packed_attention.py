@@ -17,6 +17,8 @@ from gemb.model.attention import CAUSAL, FULL, Reach
 from gemb.model.layout import Layout
 from gemb.model.packed_attention import attend, attend_flash, attend_flex, attend_groups, within
 
+torch.set_num_threads(1)  # as the engine runs
+
 Kind = tuple[Reach, float | None]
 """What is seen, and the softcap of scores."""
 KINDS: dict[str, Kind] = {

@@ -89,6 +89,7 @@ class BertBackbone:
         table: Tensor,
         positions: Tensor,
         first_position: int,
+        padding: int | None,
         norm: Norm,
         layers: Sequence[_Layer],
     ) -> None:
@@ -96,6 +97,7 @@ class BertBackbone:
         self._table = table if kernels.device == "cpu" else table.to(kernels.device)
         self._positions = positions.to(kernels.device)  # with the type embedding of a single text added
         self._first_position = first_position
+        self._padding = padding
         self._norm = norm
         self._layers = tuple(layers)
         self._dtype = kernels.dtype
@@ -104,10 +106,20 @@ class BertBackbone:
     def forward(self, ids: Tensor, layout: Layout) -> Tensor:
         """int64 ids[filled] of packed texts -> fp32 states[filled, D]."""
         words = F.embedding(ids, self._table).float()
-        x = self._norm((words + self._positions[layout.positions + self._first_position]).to(self._dtype))
+        x = self._norm((words + self._positions[self._positions_of(ids, layout)]).to(self._dtype))
         for layer in self._layers:
             x = layer(x, layout)
         return x.float()
+
+    def _positions_of(self, ids: Tensor, layout: Layout) -> Tensor:
+        """int64[filled], the row of each token in the table of positions."""
+        if self._padding is None or not (is_padding := ids == self._padding).any():
+            return layout.positions + self._first_position
+        # A text that spells `<pad>` out: RoBERTa gives that token no position and does not count it.
+        before = is_padding.cumsum(0) - is_padding.long()
+        first_of_text = torch.arange(len(ids), device=ids.device) - layout.positions
+        positions = layout.positions + self._first_position - (before - before[first_of_text])
+        return positions.masked_fill(is_padding, self._padding)
 
 
 def build(config: Mapping[str, Any], weights: Weights, kernels: Kernels) -> Backbone:
@@ -151,15 +163,15 @@ def build(config: Mapping[str, Any], weights: Weights, kernels: Kernels) -> Back
     types = f"{embeddings}token_type_embeddings.weight"
     if types in weights:
         positions = positions + weights.tensor(types).float()[0]
-    padding = config.get("pad_token_id")
+    # RoBERTa and its kin count from the padding id + 1.
+    counts_from_zero = config["model_type"] in _COUNTS_FROM_ZERO
+    padding = None if counts_from_zero else int(config.get("pad_token_id", 1))
     return BertBackbone(
         kernels,
         table=weights.tensor(f"{embeddings}word_embeddings.weight"),
         positions=positions,
-        # RoBERTa and its kin count from the padding id + 1.
-        first_position=0
-        if config["model_type"] in _COUNTS_FROM_ZERO
-        else int(1 if padding is None else padding) + 1,
+        first_position=0 if padding is None else padding + 1,
+        padding=padding,
         norm=norm(f"{embeddings}LayerNorm"),
         layers=layers,
     )
