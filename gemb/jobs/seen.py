@@ -33,29 +33,53 @@ class SeenIds:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         try:
-            # "" is SQLite's own temporary database: in memory while small, then a file without a name.
-            # Two threads use it, one after the other: the one that opens, and the one that writes.
-            self._database = sqlite3.connect(
-                "" if path is None else path, isolation_level=None, check_same_thread=False
-            )
+            self._database = self._open()
+        except sqlite3.OperationalError as error:
+            raise self._failed(error) from error
+        except sqlite3.DatabaseError:  # damaged, as a power failure may leave it
+            self._database = self._open_anew()
+
+    def _open(self) -> sqlite3.Connection:
+        # "" is SQLite's own temporary database: in memory while small, then a file without a name.
+        # Two threads use it, one after the other: the one that opens, and the one that writes.
+        database = sqlite3.connect(
+            "" if self._path is None else self._path, isolation_level=None, check_same_thread=False
+        )
+        try:
             # With a write-ahead log a killed process leaves a whole table. After a power failure the count
             # betrays what is missing, so that a sync for each window would buy nothing.
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=OFF")
-            self._database.execute(
+            database.execute("PRAGMA journal_mode=WAL")
+            database.execute("PRAGMA synchronous=OFF")
+            database.execute(
                 "CREATE TABLE IF NOT EXISTS seen"
                 " (id BLOB PRIMARY KEY, record INTEGER NOT NULL, place TEXT NOT NULL) WITHOUT ROWID"
             )
-        except sqlite3.Error as error:
-            raise self._failed(error) from error
+        except sqlite3.Error:
+            database.close()
+            raise
+        return database
+
+    def _open_anew(self) -> sqlite3.Connection:
+        """An empty table in the place of a damaged one."""
+        if self._path is not None:
+            for ending in ("", "-wal", "-shm"):
+                self._path.with_name(self._path.name + ending).unlink(missing_ok=True)
+        return self._open()
 
     def keep_before(self, record: int) -> int:
-        """Drop the ids of records from number `record` on; the number of ids that are left."""
+        """Drop the ids of records from number `record` on; the number of ids that are left.
+
+        A damaged table is begun anew, so that none is left.
+        """
         try:
             self._database.execute("DELETE FROM seen WHERE record >= ?", (record,))
             return int(self._database.execute("SELECT count(*) FROM seen").fetchone()[0])
-        except sqlite3.Error as error:
+        except sqlite3.OperationalError as error:
             raise self._failed(error) from error
+        except sqlite3.DatabaseError:
+            self._database.close()
+            self._database = self._open_anew()
+            return 0
 
     def add(self, ids: Sequence[str], records: Sequence[int], places: Sequence[str]) -> list[Repeat]:
         """Add ids with the number and place of their records; those that were there before, in order.
