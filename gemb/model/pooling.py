@@ -40,19 +40,12 @@ def _pool_mode(tokens: Tensor, first: int, mode: str) -> Tensor:
         case "max":
             return tokens.amax(1)
         case "mean":
-            return _sum(tokens) / tokens.shape[1]
+            return tokens.sum(1) / tokens.shape[1]
         case "mean_sqrt_len_tokens":
-            return _sum(tokens) / math.sqrt(tokens.shape[1])
+            return tokens.sum(1) / math.sqrt(tokens.shape[1])
         case "weightedmean":
             # Weights count the positions of the text from 1, prompt included.
             last = first + tokens.shape[1]
             weights = torch.arange(first + 1, last + 1, device=tokens.device, dtype=tokens.dtype)
-            return _sum(tokens * weights[:, None]) / weights.sum()
+            return (tokens * weights[:, None]).sum(1) / weights.sum()
     raise ValueError(f"{mode!r} is no pooling mode")
-
-
-def _sum(tokens: Tensor) -> Tensor:
-    """Sum over tokens[N, L, D] -> [N, D]; each text by itself, for sums that do not depend on N."""
-    if tokens.shape[0] == 1 or tokens.is_cuda:
-        return tokens.sum(1)
-    return torch.stack([text.sum(0) for text in tokens])

@@ -69,8 +69,8 @@ def test_filling_tokens_take_no_part() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_vector_does_not_depend_on_its_neighbours(mode: str) -> None:
     random = torch.Generator().manual_seed(3)
-    for length in (1, 2, 7, 64, 129):
-        states = torch.randn(9 * length, 96, generator=random)
+    for length, width in ((1, 96), (2, 5), (7, 96), (64, 384), (129, 80), (513, 8)):
+        states = torch.randn(9 * length, width, generator=random)
         together = pool(states, Layout.of(np.full(9, length, dtype=np.int32)), [mode])
         one = Layout.of(np.array([length], dtype=np.int32))
         alone = [pool(states[row * length : (row + 1) * length], one, [mode]) for row in range(9)]
