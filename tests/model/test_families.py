@@ -24,6 +24,7 @@ from gemb.model.families.rope import rotary
 from gemb.model.folder import read_folder
 from gemb.model.kernels import Kernels, can_pack
 from gemb.model.weights import Weights
+from tests.conftest import DATA, ROOT
 from tests.models import (
     MODES,
     PROMPT_TOKENS,
@@ -150,6 +151,29 @@ def test_every_token_state_equals_transformers(name: str, tmp_path: Path) -> Non
             for text in torch.from_numpy(ids).long().split(lengths.tolist())  # type: ignore[no-untyped-call]
         ]
     torch.testing.assert_close(ours, torch.cat(theirs), atol=FP32, rtol=0)
+
+
+STORIES = DATA / "models" / "stories260K-hf"
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"{STORIES.relative_to(ROOT.parent)} is not on this machine")
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_real_llama_equals_transformers(is_causal: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(STORIES, folder)
+    settings = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**settings, "is_causal": is_causal}), "utf-8")
+    story = "Once upon a time, there was a little dog named Max. He liked to run in the park. " * 3
+    ids, lengths, _ = packed(folder, [story, "Once", story[:90]], 200)
+    model = transformers.AutoModel.from_pretrained(folder)
+    with torch.no_grad():
+        theirs = [
+            model(text[None]).last_hidden_state[0]
+            for text in torch.from_numpy(ids).long().split(lengths.tolist())  # type: ignore[no-untyped-call]
+        ]
+    scale = torch.cat(theirs).abs().max()  # some channels of a trained Llama are large
+    ours = encoder(folder).states(ids, lengths)
+    torch.testing.assert_close(ours / scale, torch.cat(theirs) / scale, atol=FP32, rtol=0)
 
 
 @pytest.mark.parametrize("name", [name for name in SORTS if SORTS[name].is_packed])

@@ -116,6 +116,24 @@ def test_a_text_does_not_see_its_neighbours(kind: str, dtype: torch.dtype) -> No
             assert torch.equal(together[first:last], alone)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("queries", "shared", "channels"),
+    [(12, 12, 32), (3, 1, 256), (4, 1, 512)],
+    ids=["MiniLM", "EmbeddingGemma", "EmbeddingGemma 2"],
+)
+def test_long_texts_of_one_length_do_not_see_each_other(
+    queries: int, shared: int, channels: int, dtype: torch.dtype
+) -> None:
+    length = 300
+    together, one = (Layout.of(np.full(rows, length, dtype=np.int32)) for rows in (3, 1))
+    parts = [x.to(dtype) for x in heads(together, queries, shared, channels)]
+    mixed = attend(parts[0], parts[1], parts[2], together, FULL)
+    for first in range(0, 3 * length, length):
+        q, k, v = (part[first : first + length] for part in parts)
+        assert torch.equal(mixed[first : first + length], attend(q, k, v, one, FULL))
+
+
 @UNCOMPILED
 @pytest.mark.parametrize("kind", KINDS)
 def test_flex_attention_equals_dense_attention(kind: str) -> None:
