@@ -33,7 +33,7 @@ from gemb.vectors.shards import BLOCK_RECORDS, is_mine
 WINDOW_SECONDS = 15.0  # of work: what a kill costs, against what sorting by length and a sync gain
 WINDOW_ROWS = 65_536
 WINDOW_CHARACTERS = 32_000_000
-WINDOW_VECTOR_BYTES = 64 << 20
+WINDOW_VECTOR_BYTES = 32 << 20  # three windows are in hand at a time
 FIRST_CHARACTERS = 16_384  # 4,000 tokens: 15 s of a 300M model on a slow core
 GROWTH = 4.0  # a window holds at most so many times what the one before it held
 PAUSE_SECONDS = 0.2  # a pipe that gives nothing for so long closes the window

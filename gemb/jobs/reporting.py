@@ -60,7 +60,7 @@ def make_report(
     shown = [
         ("model", shown_model(setup)),
         ("prompt", shown_prompt(setup.template)),
-        ("device", device_line),
+        *([("device", device_line)] if device_line else []),  # none if all was computed by earlier runs
         (
             "rate",
             f"{rows_per_second:,.1f} rows/s, {tokens_per_second:,.0f} tokens/s; "

@@ -76,6 +76,16 @@ class Run:
             request, done = self._begin(overwrite)
         if done is not None:
             return done
+        try:
+            return self._write_file(request)
+        except BaseException:
+            if setup.reads_pipe:  # nobody could go on with what is left
+                shutil.rmtree(setup.work, ignore_errors=True)
+            raise
+
+    def _write_file(self, request: Request) -> Report:
+        """The work from the last journal line on, up to the finished files."""
+        setup = self._setup
         with ExitStack() as stack:
             journal = stack.enter_context(Journal(setup.work / "journal.jsonl"))
             state = State.from_entry(journal.last) if journal.last else State()

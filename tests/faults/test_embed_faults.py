@@ -238,6 +238,7 @@ def test_an_interrupted_reader_of_a_pipe_ends_and_says_that_nothing_is_kept(plac
         "gemb: interrupted after 2 rows, which are lost: the input is a pipe and cannot be read again; "
         "save it to a file first for jobs that may be interrupted"
     )
+    assert list(place.folder.iterdir()) == []
 
 
 def test_two_runs_on_one_output_do_not_meet(place: Place) -> None:
