@@ -7,7 +7,7 @@ gains and the score scale are folded into the weights that follow them.
 T packed tokens, D width, H query heads, G key/value heads, C channels of a head, F feed-forward width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -136,8 +136,8 @@ class Attention:
         self._inputs = kernels.linear(inputs.weight, inputs.bias)
         self.output = kernels.linear(output.weight, output.bias)
 
-    def __call__(self, x: Tensor, layout: Layout, turns: Tensor) -> Tensor:
-        """Normed stream x[T, D] -> mixed values [T, H * C], before the output projection."""
+    def inputs(self, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed stream x[T, D] -> queries and keys[T, H + G, C], turned, and values[T, G, C]."""
         shape = self.shape
         heads = torch.unflatten(self._inputs(x), -1, (-1, shape.channels))  # [T, H + 2G, C]
         queries_keys = heads[:, : shape.heads + shape.shared].float()
@@ -145,17 +145,15 @@ class Attention:
         if self._gains is not None:
             queries_keys = queries_keys * inverse_rms(queries_keys, self._epsilon)
             queries_keys *= self._gains
-        queries_keys = turn(queries_keys, turns).to(self._dtype)
         if self._norms_values:
             values = rms_norm(values.float(), None, self._epsilon).to(self._dtype)
-        return attend(
-            queries_keys[:, : shape.heads],
-            queries_keys[:, shape.heads :],
-            values,
-            layout,
-            shape.reach,
-            shape.softcap,
-        )
+        return turn(queries_keys, turns).to(self._dtype), values
+
+    def mix(self, queries_keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
+        """What `inputs` gave, for all tokens -> mixed values[T, H * C], before the output projection."""
+        shape = self.shape
+        queries, keys = torch.split(queries_keys, [shape.heads, shape.shared], dim=1)
+        return attend(queries, keys, values, layout, shape.reach, shape.softcap)
 
 
 class GatedFeedForward:
@@ -185,8 +183,8 @@ class GatedFeedForward:
 class LayerExtra(Protocol):
     """What a family adds to the end of a layer."""
 
-    def __call__(self, stream: Tensor, embedded: Tensor) -> Tensor:
-        """The new stream; `embedded`[T, D] are the token embeddings, in the dtype of the kernels."""
+    def __call__(self, stream: Tensor, embedded: Tensor) -> None:
+        """Change stream[T, D] in place; `embedded`[T, D] are the token embeddings, in the kernels' dtype."""
         ...
 
 
@@ -200,6 +198,51 @@ class Layer:
     """Gain of the norm on what attention brings back; None where the family has none."""
     feed_forward_gain: Tensor | None = None
     extra: LayerExtra | None = None
+
+
+Norm = Callable[[Tensor], Tensor]
+"""The norm before a sub-layer, without its gain: fp32[T, D] -> fp32[T, D]."""
+
+
+def run_layer(
+    layer: Layer,
+    stream: Tensor,
+    layout: Layout,
+    kernels: Kernels,
+    *,
+    norm: Norm,
+    input_norm: Norm | None,
+    epsilon: float,
+    embedded: Tensor | None = None,
+) -> None:
+    """One layer on the fp32 stream[T, D], in place.
+
+    All but the mixing of tokens goes piece by piece over the rows, so that a piece stays in the cache from
+    one operator to the next. `input_norm` is the norm before attention, None where a layer has none.
+    """
+    pieces = kernels.pieces(len(stream))
+    turns = layer.attention.shape.rotary.at(layout)
+    inputs = []
+    for piece in pieces:
+        x = stream[piece] if input_norm is None else input_norm(stream[piece])
+        inputs.append(layer.attention.inputs(x.to(kernels.dtype), turns[piece]))
+    queries_keys, values = inputs[0] if len(inputs) == 1 else map(torch.cat, zip(*inputs, strict=True))
+    mixed = layer.attention.mix(queries_keys, values, layout)
+    for piece in pieces:
+        part = stream[piece]
+        _join_(part, layer.attention.output(mixed[piece]), layer.attention_gain, epsilon)
+        gated = layer.feed_forward(norm(part).to(kernels.dtype))
+        _join_(part, layer.feed_forward.down(gated), layer.feed_forward_gain, epsilon)
+        if layer.extra is not None and embedded is not None:
+            layer.extra(part, embedded[piece])
+
+
+def _join_(stream: Tensor, x: Tensor, gain: Tensor | None, epsilon: float) -> None:
+    """Add to the stream what a sub-layer brings back, normed first where there is a gain."""
+    if gain is None:
+        stream += x
+    else:
+        add_normed_(stream, x, gain, epsilon)
 
 
 class GatedBackbone:
@@ -230,31 +273,21 @@ class GatedBackbone:
         """int64 ids[filled] of packed texts -> fp32 states[filled, D] after the final norm."""
         stream = F.embedding(ids, self._table).float()
         if self._embedding_scale != 1:
-            stream = stream * self._embedding_scale
-        # A copy: the stream is added to in place.
+            stream *= self._embedding_scale
         has_extra = any(layer.extra is not None for layer in self._layers)
-        embedded = stream.to(self._kernels.dtype, copy=True) if has_extra else stream
-        turns: dict[Rotary, Tensor] = {}
+        embedded = stream.to(self._kernels.dtype, copy=True) if has_extra else None
         for layer in self._layers:
-            rotary = layer.attention.shape.rotary
-            if rotary not in turns:
-                turns[rotary] = rotary.at(layout)
-            stream = self._layer(layer, stream, layout, turns[rotary])
-            if layer.extra is not None:
-                stream = layer.extra(stream, embedded)
+            run_layer(
+                layer,
+                stream,
+                layout,
+                self._kernels,
+                norm=self._norm,
+                input_norm=self._norm,
+                epsilon=self._epsilon,
+                embedded=embedded,
+            )
         return rms_norm(stream, self._final_gain, self._epsilon)
 
-    def _layer(self, layer: Layer, stream: Tensor, layout: Layout, turns: Tensor) -> Tensor:
-        dtype, epsilon = self._kernels.dtype, self._epsilon
-        mixed = layer.attention(rms_norm(stream, None, epsilon).to(dtype), layout, turns)
-        stream = _join(stream, layer.attention.output, mixed, layer.attention_gain, epsilon)
-        gated = layer.feed_forward(rms_norm(stream, None, epsilon).to(dtype))
-        return _join(stream, layer.feed_forward.down, gated, layer.feed_forward_gain, epsilon)
-
-
-def _join(stream: Tensor, linear: Linear, x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
-    """The stream plus what a sub-layer brings back, normed first where there is a gain."""
-    if gain is None:
-        return linear.plus(x, stream)
-    add_normed_(stream, linear(x), gain, epsilon)
-    return stream
+    def _norm(self, x: Tensor) -> Tensor:
+        return rms_norm(x, None, self._epsilon)

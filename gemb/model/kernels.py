@@ -14,6 +14,7 @@ the batch. oneDNN picks how it sums over the inputs by the number of rows; withi
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +147,13 @@ def _row_limits(dtype: torch.dtype, inputs: int) -> tuple[int, int]:
     return (64, 160) if inputs <= 3072 else (64, 64)
 
 
+PIECE_ROWS = 240
+"""Rows of a piece in bf16: within the limits of most products, and small enough for the second-level cache.
+
+In fp32 the products dominate, and they gain more from many rows than the rest from small pieces.
+"""
+
+
 @dataclass(frozen=True)
 class Kernels:
     """Makes the operators of a model for one device and dtype."""
@@ -162,6 +170,12 @@ class Kernels:
     def least_rows(self) -> int:
         """Rows that a product has at least; a smaller batch is filled once, at its end."""
         return 1 if self.device != "cpu" else 16 if self.dtype == torch.float32 else 64
+
+    def pieces(self, rows: int) -> list[slice]:
+        """Even parts of `rows` that a layer goes through one by one; all at once where that is faster."""
+        count = -(-rows // PIECE_ROWS) if self.device == "cpu" and self.dtype == torch.bfloat16 else 1
+        edges = [rows * part // count for part in range(count + 1)]
+        return [slice(first, last) for first, last in pairwise(edges)]
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """A linear layer of weight[O, I] and bias[O], any float dtype; it keeps its own copy."""
@@ -205,15 +219,22 @@ class Rotary:
         self._table = torch.empty(0, len(frequencies), dtype=torch.complex64)
 
     def at(self, layout: Layout) -> Tensor:
-        """The turns of each token of a batch, complex64[T, 1, C/2]."""
-        table = self._table  # by name: another thread may put a shorter one in its place meanwhile
-        if len(table) <= layout.longest or table.device != layout.positions.device:
-            size = 1 << max(8, layout.longest.bit_length())
+        """The turns of each token of a batch, complex64[filled, 1, C/2]; made once a batch."""
+        if self not in layout.shared:
+            layout.shared[self] = self._long_enough(layout)[layout.positions][:, None]
+        turns: Tensor = layout.shared[self]
+        return turns
+
+    def _long_enough(self, layout: Layout) -> Tensor:
+        """The turns of all positions of this batch, and of longer ones before it."""
+        table, device = self._table, layout.positions.device  # other threads may put another in its place
+        if len(table) < max(1, layout.longest) or table.device != device:
+            size = 1 << max(8, (layout.longest - 1).bit_length())
             # transformers multiplies fp32 positions and frequencies; so do we, for equal angles.
             angles = torch.arange(size).float()[:, None] * self._frequencies.float()
-            table = torch.polar(torch.full_like(angles, self._factor), angles).to(layout.positions.device)
+            table = torch.polar(torch.full_like(angles, self._factor), angles).to(device)
             self._table = table
-        return table[layout.positions][:, None]
+        return table
 
 
 def interleave(channels: int) -> Tensor:

@@ -44,8 +44,8 @@ class Layout:
     """int64[filled], 0-based position of each token in its text."""
     starts: Tensor
     """int32[B + 1], first token of each text and T at the end (cu_seqlens)."""
-    masks: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
-    """Masks of packed attention that layers share, made at first use."""
+    shared: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What layers of this batch share, made at first use: turns, masks."""
 
     @classmethod
     def of(cls, lengths: NDArray[np.int32], *, least_rows: int = 1, device: str = "cpu") -> "Layout":

@@ -180,7 +180,7 @@ def _cap(softcap: float) -> Callable[..., Tensor]:
 
 def _block_mask(layout: Layout, reach: Reach) -> Any:  # noqa: ANN401  torch.nn.attention's BlockMask
     """Which tokens of the packed batch see each other, made once a layout and reach."""
-    if reach not in layout.masks:
+    if reach not in layout.shared:
         from torch.nn.attention.flex_attention import create_block_mask
 
         size = layout.tokens
@@ -193,5 +193,5 @@ def _block_mask(layout: Layout, reach: Reach) -> Any:  # noqa: ANN401  torch.nn.
             near = (key >= query - left) & (key <= query + right)
             return (text[query] == text[key]) & near
 
-        layout.masks[reach] = create_block_mask(sees, None, None, size, size, device=str(lengths.device))
-    return layout.masks[reach]
+        layout.shared[reach] = create_block_mask(sees, None, None, size, size, device=str(lengths.device))
+    return layout.shared[reach]

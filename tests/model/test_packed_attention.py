@@ -150,7 +150,7 @@ def test_layers_of_one_kind_share_a_mask() -> None:
     q, k, v = heads(layout, 2, 1)
     for kind in ("full", "softcap", "window", "softcap"):
         attend_flex(q, k, v, layout, *KINDS[kind])
-    assert len(layout.masks) == 2  # full and window; a softcap needs none of its own
+    assert len(layout.shared) == 2  # full and window; a softcap needs none of its own
 
 
 @pytest.mark.parametrize("kind", [kind for kind, (_, softcap) in KINDS.items() if softcap is None])

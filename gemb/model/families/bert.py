@@ -68,10 +68,14 @@ class _Layer:
         self._parts = parts
         self._norms = norms
 
-    def __call__(self, x: Tensor, layout: Layout) -> Tensor:
-        inputs = torch.unflatten(self._parts["inputs"](x), -1, (3, self._heads, -1))  # [T, 3, H, C]
-        query, key, value = inputs.unbind(1)
-        mixed = attend(query, key, value, layout)
+    def __call__(self, pieces: list[Tensor], layout: Layout) -> list[Tensor]:
+        """The rows of all tokens, in pieces [., D]; all but the mixing of tokens goes piece by piece."""
+        inputs = torch.cat([self._parts["inputs"](x) for x in pieces])
+        query, key, value = torch.unflatten(inputs, -1, (3, self._heads, -1)).unbind(1)  # each [T, H, C]
+        mixed = torch.split(attend(query, key, value, layout), [len(x) for x in pieces])
+        return [self._rest(part, x) for part, x in zip(mixed, pieces, strict=True)]
+
+    def _rest(self, mixed: Tensor, x: Tensor) -> Tensor:
         x = self._norms[0](self._parts["output"].plus(mixed, x))
         wide = self._parts["up"].activated(x, self._activation)
         return self._norms[1](self._parts["down"].plus(wide, x))
@@ -100,16 +104,17 @@ class BertBackbone:
         self._padding = padding
         self._norm = norm
         self._layers = tuple(layers)
-        self._dtype = kernels.dtype
+        self._kernels = kernels
         self.width = table.shape[1]
 
     def forward(self, ids: Tensor, layout: Layout) -> Tensor:
         """int64 ids[filled] of packed texts -> fp32 states[filled, D]."""
         words = F.embedding(ids, self._table).float()
-        x = self._norm((words + self._positions[self._positions_of(ids, layout)]).to(self._dtype))
+        x = self._norm((words + self._positions[self._positions_of(ids, layout)]).to(self._kernels.dtype))
+        pieces = [x[piece] for piece in self._kernels.pieces(len(x))]
         for layer in self._layers:
-            x = layer(x, layout)
-        return x.float()
+            pieces = layer(pieces, layout)
+        return torch.cat(pieces).float()
 
     def _positions_of(self, ids: Tensor, layout: Layout) -> Tensor:
         """int64[filled], the row of each token in the table of positions."""

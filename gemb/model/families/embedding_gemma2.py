@@ -59,12 +59,13 @@ class PerLayerEmbedding:
         self._epsilon = epsilon
         self._dtype = kernels.dtype
 
-    def __call__(self, stream: Tensor, embedded: Tensor) -> Tensor:
-        """stream[T, D], fp32, and embedded[T, D], in the dtype of the kernels -> the new stream."""
+    def __call__(self, stream: Tensor, embedded: Tensor) -> None:
+        """Change the fp32 stream[T, D] in place by embedded[T, D], in the dtype of the kernels."""
         signal = rms_norm(self._signal(embedded).float(), None, self._epsilon).to(self._dtype)
         gated = self._gate.activated(stream.to(self._dtype), self._activation) * signal
         add_normed_(stream, self._output(gated), self._output_gain, self._epsilon)
-        return stream if self._scalar == 1 else stream.mul_(self._scalar)
+        if self._scalar != 1:
+            stream *= self._scalar
 
 
 def build(config: Mapping[str, Any], weights: Weights, kernels: Kernels) -> Backbone:

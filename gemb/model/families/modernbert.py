@@ -5,13 +5,12 @@ attention takes the normed embeddings as they are.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemb.model.blocks import Attention, Backbone, GatedFeedForward, Projection
+from gemb.model.blocks import Attention, Backbone, GatedFeedForward, Layer, Projection, run_layer
 from gemb.model.families import NotPacked, activation_of, prefix_of
 from gemb.model.families.gated import (
     Traits,
@@ -28,13 +27,6 @@ from gemb.model.weights import Weights
 _KINDS = ("full_attention", "sliding_attention")
 
 
-@dataclass(frozen=True)
-class _Layer:
-    attention: Attention
-    feed_forward: GatedFeedForward
-    norms_input: bool
-
-
 class ModernBertBackbone:
     """Normed token embeddings, the layers on an fp32 stream, and the final norm."""
 
@@ -46,7 +38,8 @@ class ModernBertBackbone:
         *,
         table: Tensor,
         embedding_gain: Tensor,
-        layers: Sequence[_Layer],
+        layers: Sequence[Layer],
+        norms_first: bool,
         final_gain: Tensor,
         epsilon: float,
     ) -> None:
@@ -56,22 +49,23 @@ class ModernBertBackbone:
         self._layers = tuple(layers)
         self._final_gain = kernels.vector(final_gain)
         self._epsilon = epsilon
-        self._dtype = kernels.dtype
+        self._kernels = kernels
+        self._norms_first = norms_first
         self.width = table.shape[1]
 
     def forward(self, ids: Tensor, layout: Layout) -> Tensor:
         """int64 ids[filled] of packed texts -> fp32 states[filled, D] after the final norm."""
         stream = self._norm(F.embedding(ids, self._table).float(), self._embedding_gain)
-        turns: dict[Rotary, Tensor] = {}
-        for layer in self._layers:
-            turning = layer.attention.shape.rotary
-            if turning not in turns:
-                turns[turning] = turning.at(layout)
-            x = self._norm(stream) if layer.norms_input else stream
-            mixed = layer.attention(x.to(self._dtype), layout, turns[turning])
-            stream = layer.attention.output.plus(mixed, stream)
-            gated = layer.feed_forward(self._norm(stream).to(self._dtype))
-            stream = layer.feed_forward.down.plus(gated, stream)
+        for number, layer in enumerate(self._layers):
+            run_layer(
+                layer,
+                stream,
+                layout,
+                self._kernels,
+                norm=self._norm,
+                input_norm=self._norm if number or self._norms_first else None,
+                epsilon=self._epsilon,
+            )
         return self._norm(stream, self._final_gain)
 
     def _norm(self, stream: Tensor, gain: Tensor | None = None) -> Tensor:
@@ -121,12 +115,13 @@ def build(config: Mapping[str, Any], weights: Weights, kernels: Kernels) -> Back
             down=projection_of(weights, f"{prefix}{at}mlp.Wo"),
             input_gain=gain(f"{at}mlp_norm"),
         )
-        layers.append(_Layer(attention, feed_forward, norms_input))
+        layers.append(Layer(attention, feed_forward))
     return ModernBertBackbone(
         kernels,
         table=weights.tensor(f"{prefix}embeddings.tok_embeddings.weight"),
         embedding_gain=gain("embeddings.norm"),
         layers=layers,
+        norms_first=f"{prefix}layers.0.attn_norm.weight" in weights,
         final_gain=gain("final_norm"),
         epsilon=float(config.get("norm_eps", 1e-5)),
     )
