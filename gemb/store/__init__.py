@@ -1,0 +1,1 @@
+"""The index folder: a SQLite catalogue, immutable segments of vectors, and what searches them. No torch."""
