@@ -71,49 +71,101 @@ NAMES = [
 ]
 KEYS = ["a", "b", "nested", "été", 'odd "name', "x.y", "", "\\", "a`[0]"]
 CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
-TEXTS = st.one_of(
-    st.sampled_from(
-        ["", "a", "A", "ab", "ä", "Ä", "日本", "😀", "a%b", "a_b", "[a]", "*", "?", "5", '{"a": 1}', "now"]
-    ),
-    st.text(CHARACTERS, max_size=6),
-)
-DATES = st.sampled_from(
-    [
-        "2024-05-01",
-        "2024-05-02",
-        "2024-02-30",
-        "2024-05-01T12:30",
-        "2024-05-01T12:30:59",
-        "2024-05-01 12:30:59.250Z",
-        "2024-05-02T00:30:00+02:00",
-        "2024-05-01T22:30:00-03:00",
-        "2024-05-01T24:00",
-        "2024-05-01T12:30:00+0200",
-        "2024-05-01Txx",
-        "9999-12-31T23:59-01:00",
-    ]
-)
-WRITTEN_DATES = st.sampled_from(
-    ["2024-05-01", "2024-05-02", "2024-05-01T12:30", "2024-05-01T12:30:59Z", "2024-05-02T00:30:00+02:00"]
-)
-NUMBERS = st.one_of(
-    st.integers(-3, 3),
-    st.sampled_from(
-        [0.0, -0.0, 0.5, 1.0, 2**53, 2**53 + 1, float(2**53), 2**63 - 1, 2**63, -(2**63) - 1, 10**30]
-    ),
-    st.floats(allow_nan=False, allow_infinity=False),
-)
+SOME_TEXTS = [
+    "",
+    "a",
+    "A",
+    "ab",
+    "ä",
+    "Ä",
+    "日本",
+    "😀",
+    "a%b",
+    "a_b",
+    "[a]",
+    "*",
+    "?",
+    "a*",
+    "5",
+    '{"a": 1}',
+    "now",
+]
+SOME_DATES = [
+    "2024-05-01",
+    "2024-05-02",
+    "2024-02-30",
+    "2024-05-01T12:30",
+    "2024-05-01T12:30:59",
+    "2024-05-01 12:30:59.250Z",
+    "2024-05-02T00:30:00+02:00",
+    "2024-05-01T22:30:00-03:00",
+    "2024-05-01T24:00",
+    "2024-05-01T12:30:00+0200",
+    "2024-05-01Txx",
+    "9999-12-31T23:59-01:00",
+    "12:30",
+]
+SOME_NUMBERS = [
+    -3,
+    0,
+    1,
+    2,
+    0.0,
+    -0.0,
+    0.5,
+    1.0,
+    1e-7,
+    2**53,
+    2**53 + 1,
+    float(2**53),
+    2**63 - 1,
+    2**63,
+    10**30,
+]
+SOME_WRITTEN_DATES = [
+    "2024-05-01",
+    "2024-05-02",
+    "2024-05-01T12:30",
+    "2024-05-01T12:30:59Z",
+    "2024-05-02T00:30:00+02:00",
+]
+SOME_PATTERNS = [
+    "",
+    "%",
+    "_",
+    "a",
+    "a%",
+    "%a",
+    "_%",
+    "a_",
+    "[a]",
+    "[%",
+    "*",
+    "?",
+    "a*",
+    "%b",
+    "a%b",
+    "A%",
+    "ä",
+    "__",
+]
+
+TEXTS = st.sampled_from(SOME_TEXTS) | st.text(CHARACTERS, max_size=6)
+DATES = st.sampled_from(SOME_DATES)
+NUMBERS = st.sampled_from(SOME_NUMBERS) | st.floats(allow_nan=False, allow_infinity=False)
 SCALARS = st.one_of(TEXTS, DATES, NUMBERS, st.booleans(), st.none())
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
     max_leaves=5,
 )
-DOCUMENTS = st.lists(
-    st.builds(Document, st.dictionaries(st.sampled_from(KEYS), VALUES), TEXTS, st.none() | TEXTS),
-    min_size=1,
-    max_size=6,
+# Fields that most documents have, with values of all kinds, beside fields that only some have.
+METADATA = st.builds(
+    lambda common, others: {**common, **others},
+    st.fixed_dictionaries({"a": SCALARS, "b": SCALARS, "nested": st.fixed_dictionaries({"a": SCALARS})}),
+    st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3),
 )
+DOCUMENTS = st.lists(st.builds(Document, METADATA, TEXTS, st.none() | TEXTS), min_size=3, max_size=8)
 
 
 def quoted(text: str) -> str:
@@ -124,18 +176,18 @@ LITERALS = {
     "text": TEXTS.map(quoted),
     "number": NUMBERS.map(repr),
     "boolean": st.sampled_from(["true", "FALSE"]),
-    "date": WRITTEN_DATES,
+    "date": st.sampled_from(SOME_WRITTEN_DATES),
 }
 
 
 @st.composite
 def single_tests(draw: st.DrawFn) -> str:
-    name = draw(st.sampled_from(NAMES))
+    name = draw(st.sampled_from(["a", "b", "nested.a"]) | st.sampled_from(NAMES))
     kinds = ["text"] if name in ("id", "title") else list(LITERALS)
     literals = LITERALS[kind := draw(st.sampled_from(kinds))]
     signs = ["=", "!=", "<>"] if kind == "boolean" else ["=", "!=", "<>", "<", "<=", ">", ">="]
     listed = st.lists(literals, min_size=1, max_size=3).map(", ".join)
-    patterns = st.text("aAä%_[*?b-", max_size=4).map(quoted)
+    patterns = st.sampled_from(SOME_PATTERNS).map(quoted)
     no = draw(st.sampled_from(["", "not "]))
     written = [
         f"{name} {draw(st.sampled_from(signs))} {draw(literals)}",
@@ -156,6 +208,35 @@ EXPRESSIONS = st.recursive(
     ),
     max_leaves=4,
 ).filter(lambda expression: expression.count("(") + expression.count("not") < MAX_DEPTH)
+
+
+def every_test_of(name: str) -> list[str]:
+    signs = ["=", "!=", "<", "<=", ">", ">="]
+    literals = {
+        "text": [quoted(text) for text in SOME_TEXTS + SOME_DATES],
+        "number": [repr(number) for number in SOME_NUMBERS],
+        "date": SOME_WRITTEN_DATES,
+    }
+    return [
+        *(f"{name} {sign} {literal}" for sign in signs for some in literals.values() for literal in some),
+        *(f"{name} in ({some[0]}, {literal})" for some in literals.values() for literal in some),
+        *(f"{name} like {quoted(pattern)}" for pattern in SOME_PATTERNS),
+        *(f"{name} {test}" for test in ["", "= true", "= false", "!= true", "in (false)", "is null"]),
+    ]
+
+
+@pytest.mark.parametrize("key", ["a", "é"])
+def test_sqlite_agrees_on_every_test_of_every_value(key: str) -> None:
+    values = [*SOME_TEXTS, *SOME_DATES, *SOME_NUMBERS, True, False, None, [], ["a"], [1], {}, {"a": "a"}]
+    documents = [Document({key: value}) for value in values] + [Document({})]
+    wrong = []
+    for test in every_test_of(key):
+        for expression in (test, f"not {test}"):
+            condition = parse(expression)
+            expected = found_plainly(condition, documents)
+            if found_by_sqlite(condition, documents) != expected:
+                wrong.append(expression)
+    assert wrong == []
 
 
 @steadily
