@@ -261,7 +261,7 @@ class _Parser:
         self.reader = reader
         self.fields = fields
         self.tokens = reader.tokens()
-        self.ahead: _Token | None = None
+        self.token = next(self.tokens)
         self.depth = 0
         self.comparisons = 0
 
@@ -276,17 +276,10 @@ class _Parser:
     def _fail(self, message: str, token: _Token | None = None) -> NoReturn:
         self.reader.fail((token or self.token).at, message)
 
-    @property
-    def token(self) -> _Token:
-        """The token under the cursor. It is read no sooner than asked for: mistakes before it come first."""
-        if self.ahead is None:
-            self.ahead = next(self.tokens)
-        return self.ahead
-
     def _next(self) -> _Token:
-        """The token under the cursor, which moves on; never called at the end."""
+        """The token under the cursor, which moves on, but not beyond the end."""
         token = self.token
-        self.ahead = None
+        self.token = next(self.tokens, token)
         return token
 
     def _take(self, kind: Literal["keyword", "symbol"], text: str) -> bool:
