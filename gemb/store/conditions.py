@@ -225,8 +225,8 @@ class In(Condition):
     def _sql(self, columns: Columns) -> Sql:
         field, parameters = self.field.sql_as(self.values[0].kind, self.values[0].length, columns)
         # One parameter however long the list is; SQLite makes an index of it once.
-        values = [int(value.value) if isinstance(value.value, bool) else value.value for value in self.values]
-        return f"{field} IN (SELECT value FROM json_each(?))", [*parameters, json.dumps(values)]
+        values = json.dumps([value.value for value in self.values])
+        return f"{field} IN (SELECT value FROM json_each(?))", [*parameters, values]
 
     def _truth(self, row: Row) -> bool | None:
         found = self.field.read_as(self.values[0].kind, self.values[0].length, row)

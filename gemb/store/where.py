@@ -222,7 +222,7 @@ class _Reader:
         while rest < len(self.text) and (_continues_name(self.text[rest]) or self.text[rest] == "."):
             rest += 1
         if rest > match.end():
-            word = self.text[at:rest]
+            word = _brief(self.text[at:rest])
             self.fail(at, f"{word} is not a number; a text is written '{word}', a name `{word}`")
         # Of long integers SQLite takes the nearest float, and int() takes no more than 4,300 digits.
         digits = written.lstrip("+-")
