@@ -53,28 +53,32 @@ class Start:
 
         Raises RuntimeError with its stderr if it fails or prints no vector.
         """
-        with tempfile.TemporaryDirectory(prefix="gemb-cache-") as cache:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        with (
+            tempfile.TemporaryDirectory(prefix="gemb-cache-") as cache,
+            tempfile.TemporaryFile("w+", encoding="utf-8") as stderr,
+        ):
             places = {"XDG_CACHE_HOME": cache} if self.fresh_cache else {}
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             started = time.perf_counter()
-            process = subprocess.Popen(
+            with subprocess.Popen(
                 self.command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stderr=stderr,
                 text=True,
                 cwd=REPOSITORY,
                 env={**environment, **places},
-            )
-            if process.stdin is None or process.stdout is None:
-                raise ValueError("the process has no pipes")
-            process.stdin.write(LINE)
-            process.stdin.close()
-            first = process.stdout.readline()
-            wall = time.perf_counter() - started
-            _, complaint = process.stdout.read(), process.stderr.read() if process.stderr else ""
-            if process.wait() or "[" not in first:
-                raise RuntimeError(f"{self.name} ended with {process.returncode}:\n{complaint}")
+            ) as process:
+                if process.stdin is None or process.stdout is None:
+                    raise ValueError("the process has no pipes")
+                process.stdin.write(LINE)
+                process.stdin.close()
+                first = process.stdout.readline()
+                wall = time.perf_counter() - started
+                process.stdout.read()
+            if process.returncode or "[" not in first:
+                stderr.seek(0)
+                raise RuntimeError(f"{self.name} ended with {process.returncode}:\n{stderr.read()}")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if keep:
             self.wall_seconds.append(wall)

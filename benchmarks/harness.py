@@ -27,6 +27,7 @@ from benchmarks.models import REPOSITORY
 from benchmarks.peers import Contestant
 
 RESULTS = Path(__file__).parent / "results"
+CONTESTANT_COMMAND = (sys.executable, "-m", "benchmarks.contestant")
 MINIMUM_ROUNDS = 5
 """Of a published figure; fewer rounds are for looking, and the file says how many there were."""
 
@@ -56,7 +57,7 @@ class Process:
         self.contestant = contestant
         self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.contestant"],
+            CONTESTANT_COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
