@@ -55,8 +55,7 @@ def with_best_batch_sizes(
     sizes = BATCH_SIZES[model.name]
     # A batch of 128 must meet 128 neighbours in length, or it is charged for padding no large corpus has.
     window = max(sizes)
-    texts = TEXTS[model.name][corpus]
-    search = draw_sample(model, corpus, max(SEARCH_WINDOWS * window, texts // window * window), window)
+    search = draw_sample(model, corpus, SEARCH_WINDOWS * window, window)
     result: list[Contestant] = []
     searched: dict[str, dict[int, float]] = {}
     for entrant in entrants:

@@ -164,9 +164,7 @@ def race(
         tempfile.TemporaryDirectory(prefix="gemb-bench-") as scratch,
         _started(contestants, instructions) as processes,
     ):
-        whole, part = Path(scratch) / "texts.json", Path(scratch) / "warm-up.json"
-        whole.write_text(json.dumps(list(texts)), encoding="utf-8")
-        part.write_text(json.dumps(list(texts)[::8]), encoding="utf-8")
+        whole, part = _texts_in(Path(scratch), texts)
         tracks: dict[str, Track] = {}
         for process in processes:
             tracks[process.contestant.name] = Track(process.contestant, process.load())
@@ -194,16 +192,23 @@ def best_batch_size(
         tempfile.TemporaryDirectory(prefix="gemb-bench-") as scratch,
         Process(contestant, instructions) as process,
     ):
-        path = Path(scratch) / "texts.json"
-        path.write_text(json.dumps(list(texts)), encoding="utf-8")
+        whole, part = _texts_in(Path(scratch), texts)
         process.load()
+        process.run(part)
         seconds: dict[int, float] = {}
-        process.run(path, batch_size=sizes[0])
         for _ in range(rounds):
             for size in sizes:
-                lap = process.run(path, batch_size=size).seconds(contestant.threads)
+                lap = process.run(whole, batch_size=size).seconds(contestant.threads)
                 seconds[size] = min(lap, seconds.get(size, lap))
     return min(seconds, key=lambda size: seconds[size]), seconds
+
+
+def _texts_in(folder: Path, texts: Sequence[str]) -> tuple[Path, Path]:
+    """Files with all texts, and with every eighth for warming up."""
+    whole, part = folder / "texts.json", folder / "warm-up.json"
+    whole.write_text(json.dumps(list(texts)), encoding="utf-8")
+    part.write_text(json.dumps(list(texts)[::8]), encoding="utf-8")
+    return whole, part
 
 
 @contextmanager
