@@ -157,7 +157,14 @@ def pick(device: str = "auto", precision: str = "auto", threads: int | None = No
     """
     device = os.environ.get("GEMB_DEVICE", "auto") if device == "auto" else device
     if precision not in PRECISIONS:
-        raise GembError(_refused_precision(precision))
+        from gemb.recipe import refused_precision  # here: it loads the whole schema
+
+        reason = refused_precision(precision)
+        raise GembError(
+            f"--precision {precision} is refused: {reason}"
+            if reason
+            else f"--precision {precision!r} is unknown; choose auto, fp32 or bf16"
+        )
     if threads is not None and threads < 1:
         raise GembError(f"--threads is {threads}, but at least 1 is needed")
     name, description = _device(device)
@@ -183,17 +190,6 @@ def pick(device: str = "auto", precision: str = "auto", threads: int | None = No
 
 def _as_precision(name: str) -> Precision:
     return "bf16" if name == "bf16" else "fp32"
-
-
-def _refused_precision(name: str) -> str:
-    if name in ("fp16", "f16", "float16", "half"):
-        return f"--precision {name} is refused: float16 gives NaN in Gemma models; use bf16 or fp32"
-    if name in ("int8", "i8"):
-        return (
-            "--precision int8 is not offered: without a compiled kernel it is not faster than bf16 at the "
-            "accuracy of one scale per token; use bf16, or --dtype int8 to store small vectors"
-        )
-    return f"--precision {name!r} is unknown; choose auto, fp32 or bf16"
 
 
 def _device(wanted: str) -> tuple[str, str]:

@@ -171,8 +171,8 @@ def test_float16_is_refused(name: str) -> None:
 
 def test_int8_is_not_offered_and_the_message_says_what_is() -> None:
     assert message("cpu", "int8") == (
-        "--precision int8 is not offered: without a compiled kernel it is not faster than bf16 at the "
-        "accuracy of one scale per token; use bf16, or --dtype int8 to store small vectors"
+        "--precision int8 is refused: without a compiled kernel it is no faster than bf16; "
+        "use bf16, or --dtype int8 for small vectors"
     )
 
 

@@ -93,13 +93,6 @@ class EmbedRecipe(ComputeRecipe):
     wait_lock: float = Field(default=0.0, ge=0)
     """Seconds to wait while another run holds the output."""
 
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _check_precision(cls, value: object) -> object:
-        if value in ("fp16", "f16", "float16", "half"):
-            raise ValueError(f"{value!r} is refused: float16 gives NaN in Gemma models; use bf16 or fp32")
-        return value
-
     @field_validator("max_rejects")
     @classmethod
     def _check_max_rejects(cls, value: int | str | None) -> int | str | None:

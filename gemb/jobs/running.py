@@ -79,7 +79,8 @@ class Run:
         try:
             return self._write_file(request)
         except BaseException:
-            if setup.reads_pipe:  # nobody could go on with what is left
+            # A pipe cannot be read again, and before the first journal line there is nothing to go on with.
+            if setup.reads_pipe or _is_unbegun(setup.work):
                 shutil.rmtree(setup.work, ignore_errors=True)
             raise
 
@@ -143,6 +144,8 @@ class Run:
         if begun is not None and setup.reads_pipe:
             self._notes.append(f"what an earlier run left in {work} is dropped: a pipe cannot be read again")
             begun = None
+        elif begun is not None and _is_unbegun(work):
+            begun = None  # killed before its first rows were on the disk: nothing is lost
         elif begun is not None and (differences := begun.differences(request)):
             if not overwrite:
                 raise refuse(
@@ -367,6 +370,12 @@ class Run:
             more=more,
             notes=self._notes,
         )
+
+
+def _is_unbegun(work: Path) -> bool:
+    """Whether no row of a job is on the disk yet, so that nothing is lost with its work folder."""
+    journal = work / "journal.jsonl"
+    return not journal.exists() or journal.stat().st_size == 0
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from gemb.recipe.schema import (
     RecipePath,
     json_schema,
     key_of,
+    refused_precision,
     resolved,
 )
 from gemb.recipe.shipped import ShippedRecipe, shipped_recipes
@@ -29,6 +30,7 @@ __all__ = [
     "key_of",
     "load",
     "origin",
+    "refused_precision",
     "resolved",
     "shipped_recipes",
 ]

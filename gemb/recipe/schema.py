@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 
 def key_of(field: str) -> str:
@@ -68,7 +68,7 @@ class ComputeRecipe(Recipe):
     """The model: a folder, a name on the Hugging Face hub, or `minilm`; without it, the installed default."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, mps; several with commas."""
-    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Numbers used in the computation; auto takes what is fast and exact enough here, and says why."""
     threads: int | None = Field(default=None, ge=1)
     """Processor threads; by default all that this process may use."""
@@ -76,6 +76,24 @@ class ComputeRecipe(Recipe):
     """Tokens computed at once; by default what suits the device."""
     offline: bool = False
     """Never open a connection; a model that is not on this machine is an error."""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _check_precision(cls, value: object) -> object:
+        if isinstance(value, str) and (reason := refused_precision(value)):
+            raise ValueError(f"{value!r} is refused: {reason}")
+        return value
+
+
+def refused_precision(name: str) -> str | None:
+    """Why a precision that people know from elsewhere is not offered; None for any other word."""
+    if name in ("fp16", "f16", "float16", "half"):
+        return "float16 gives NaN in Gemma models; use bf16 or fp32"
+    if name in ("int8", "i8"):
+        return (
+            "without a compiled kernel it is no faster than bf16; use bf16, or --dtype int8 for small vectors"
+        )
+    return None
 
 
 def resolved(recipe: Recipe) -> dict[str, object]:

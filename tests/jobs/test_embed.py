@@ -475,6 +475,21 @@ def test_an_output_of_another_request_is_refused_with_the_difference(bench: Benc
     assert open_vectors(bench.place / "docs.npy").dtype == "f16"
 
 
+def test_a_job_that_fails_before_its_first_rows_leaves_nothing_behind(bench: Bench) -> None:
+    source = bench.write([{"text": ""}])
+    with pytest.raises(GembError, match="empty text"):
+        bench.run(source)
+    assert bench.files() == {"docs.jsonl": source.read_bytes()}
+
+
+def test_what_was_killed_before_its_first_rows_stands_in_no_ones_way(bench: Bench) -> None:
+    source = bench.write(rows_of(40))
+    bench.run(source, limit_rows=20)
+    (bench.place / "docs.npy.partial" / "journal.jsonl").write_bytes(b"")
+    assert bench.run(source, dtype="f16").data["rows"] == 40
+    assert open_vectors(bench.place / "docs.npy").dtype == "f16"
+
+
 def test_another_model_is_a_mismatch(bench: Bench) -> None:
     source = bench.write(rows_of(40))
     bench.run(source, limit_rows=20)

@@ -132,7 +132,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_lines(write: Callable
         "  line 5: first.weight: 'none' is not a number\n"
         "  line 7: data.0.weight: 0 is too small; more than 0\n"
         "  line 8: data.1: 3 is not a mapping\n"
-        "  line 9: precision: 'bf61' is not one of auto, fp32, bf16, int8; did you mean bf16?\n"
+        "  line 9: precision: 'bf61' is not one of auto, fp32, bf16; did you mean bf16?\n"
         "  line 10: threads: 0 is too small; at least 1\n"
         "  line 11: normalise: 'yes' is not true or false\n"
         "  line 12: temperature: 'b' is not a number and not one of auto\n"
