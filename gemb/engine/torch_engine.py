@@ -67,11 +67,12 @@ class TorchEngine:
         from gemb.model.proof import prove_bidirectional
 
         dtype = torch.bfloat16 if chosen.precision == "bf16" else torch.float32
-        encoder = PackedEncoder(folder, Kernels(chosen.name, dtype))
+        # On one thread: two that wait for each other at every tensor take three times as long to pack them.
+        with one_thread():
+            encoder = PackedEncoder(folder, Kernels(chosen.name, dtype))
+            proof = prove_bidirectional(encoder)
         tokens = batch_tokens or (CPU_TOKENS if chosen.kind == "cpu" else GPU_TOKENS)
         engine = cls(encoder, chosen, folder.dims, tokens)
-        with one_thread():
-            proof = prove_bidirectional(encoder)
         if proof.neighbour_difference and chosen.kind == "cpu":
             engine.notes += (str(proof),)
         return engine
