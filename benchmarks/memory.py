@@ -62,8 +62,8 @@ def write_rows(path: Path, rows: int) -> None:
             lines.write(json.dumps({"id": str(row), "text": text}) + "\n")
 
 
-def peak_of(name: str, rows: int, command: list[str], threads: int) -> Run:
-    """Run a command to its end and give the highest resident memory it had.
+def peak_of(name: str, rows: int, command: list[str], threads: int, console: Console | None = None) -> Run:
+    """Run a command to its end, give the highest resident memory it had, and say so at once: runs are long.
 
     Raises RuntimeError with its stderr if it fails.
     """
@@ -84,7 +84,12 @@ def peak_of(name: str, rows: int, command: list[str], threads: int) -> Run:
         if process.wait():
             stderr.seek(0)
             raise RuntimeError(f"{name} ended with {process.returncode}:\n{stderr.read()[-3000:]}")
-    return Run(name, rows, peak, time.perf_counter() - started)
+    finished = Run(name, rows, peak, time.perf_counter() - started)
+    if console:
+        console.print(
+            f"{name}: {rows:,} rows, {peak / 2**20:,.0f} MiB, {finished.seconds:.0f} s", highlight=False
+        )
+    return finished
 
 
 def _high_water(status: str) -> int:
@@ -106,10 +111,10 @@ def run(
             write_rows(source, count)
             command = [sys.executable, "-m", "gemb", "embed", str(source), "-o", str(target), "-m", folder]
             command += ["--precision", precision, "--threads", str(threads)]
-            runs.append(peak_of("gemb embed", count, command, threads))
+            runs.append(peak_of("gemb embed", count, command, threads, console))
             if count == rows and peer:
                 script = [sys.executable, "-c", SCRIPT, folder, str(source), str(Path(scratch) / "peer.npy")]
-                runs.append(peak_of("sentence-transformers", count, script, threads))
+                runs.append(peak_of("sentence-transformers", count, script, threads, console))
             target.unlink()
     table = Table(title=f"MiniLM, {precision}, {threads} threads: peak memory", title_justify="left")
     for heading in ("", "rows", "peak MiB", "rows/s"):
@@ -151,7 +156,7 @@ def run(
 def main(
     rows: Annotated[int, typer.Option(help="Rows of the file both read.")] = 100_000,
     more_rows: Annotated[int, typer.Option(help="Rows of the file only gemb reads.")] = 1_000_000,
-    precision: Annotated[str, typer.Option(help="Of gemb: auto, fp32 or bf16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="Of gemb: auto, fp32 or bf16.")] = "auto",
     threads: Annotated[int, typer.Option(help="Threads of both.")] = 2,
     peer: Annotated[bool, typer.Option(help="Run sentence-transformers too.")] = True,
     store: Annotated[bool, typer.Option(help="Write the result under benchmarks/results.")] = True,
