@@ -155,7 +155,8 @@ def pick(device: str = "auto", precision: str = "auto", threads: int | None = No
     threads on a CPU and defaults to `available_threads()`.
     Raises GembError for a device that is not there or a precision that is not offered.
     """
-    device = os.environ.get("GEMB_DEVICE", "auto") if device == "auto" else device
+    if device == "auto":
+        device = os.environ.get("GEMB_DEVICE") or "auto"  # set but empty is not set
     if precision not in PRECISIONS:
         from gemb.recipe import refused_precision  # here: it loads the whole schema
 

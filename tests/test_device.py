@@ -299,3 +299,10 @@ def test_a_missing_torch_is_told_with_the_way_to_install_it(monkeypatch: pytest.
         r"pip install torch --index-url https://download\.pytorch\.org/whl/cpu",
         str(caught.value),
     )
+
+
+def test_an_empty_gemb_device_means_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEMB_DEVICE", "")
+    with_empty = device.pick()
+    monkeypatch.delenv("GEMB_DEVICE")
+    assert with_empty == device.pick()
