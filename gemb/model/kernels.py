@@ -136,12 +136,14 @@ def _row_limits(dtype: torch.dtype, inputs: int) -> tuple[int, int]:
     """(least, most) rows of one product within which a row's result does not depend on their number.
 
     Found by comparing row counts up to 1,100, for 256 to 3,072 outputs, on processors with AMX (oneDNN of
-    torch 2.13, on one thread, as the engine runs it): fp32 changes at 1 row only; bf16 at 36 and again at 256
-    (up to 2,048 inputs) or 166 (3,072). With 4,096 inputs bf16 changes everywhere, so there every product has
-    the same number of rows.
+    torch 2.13, on one thread, as the engine runs it). fp32 changes at 1 row only. bf16 changes nowhere above
+    36 rows with up to 384 inputs, else at 36 and again at 256 (up to 2,048 inputs) or 166 (3,072); with 4,096
+    inputs it changes everywhere, so there every product has the same number of rows.
     """
     if dtype == torch.float32:
         return 16, 1 << 30
+    if inputs <= 384:
+        return 64, 1024
     if inputs <= 2048:
         return 64, 240
     return (64, 160) if inputs <= 3072 else (64, 64)

@@ -68,12 +68,13 @@ class _Layer:
         self._parts = parts
         self._norms = norms
 
-    def __call__(self, pieces: list[Tensor], layout: Layout) -> list[Tensor]:
-        """The rows of all tokens, in pieces [., D]; all but the mixing of tokens goes piece by piece."""
-        inputs = torch.cat([self._parts["inputs"](x) for x in pieces])
-        query, key, value = torch.unflatten(inputs, -1, (3, self._heads, -1)).unbind(1)  # each [T, H, C]
-        mixed = torch.split(attend(query, key, value, layout), [len(x) for x in pieces])
-        return [self._rest(part, x) for part, x in zip(mixed, pieces, strict=True)]
+    def __call__(self, x: Tensor, layout: Layout, pieces: Sequence[slice]) -> Tensor:
+        """x[T, D] -> [T, D]; what follows the mixing of tokens goes piece by piece over the rows."""
+        inputs = torch.unflatten(self._parts["inputs"](x), -1, (3, self._heads, -1))  # [T, 3, H, C]
+        query, key, value = inputs.unbind(1)
+        mixed = attend(query, key, value, layout)
+        rest = [self._rest(mixed[piece], x[piece]) for piece in pieces]
+        return rest[0] if len(rest) == 1 else torch.cat(rest)
 
     def _rest(self, mixed: Tensor, x: Tensor) -> Tensor:
         x = self._norms[0](self._parts["output"].plus(mixed, x))
@@ -111,10 +112,10 @@ class BertBackbone:
         """int64 ids[filled] of packed texts -> fp32 states[filled, D]."""
         words = F.embedding(ids, self._table).float()
         x = self._norm((words + self._positions[self._positions_of(ids, layout)]).to(self._kernels.dtype))
-        pieces = [x[piece] for piece in self._kernels.pieces(len(x))]
+        pieces = self._kernels.pieces(len(x))
         for layer in self._layers:
-            pieces = layer(pieces, layout)
-        return torch.cat(pieces).float()
+            x = layer(x, layout, pieces)
+        return x.float()
 
     def _positions_of(self, ids: Tensor, layout: Layout) -> Tensor:
         """int64[filled], the row of each token in the table of positions."""
