@@ -276,9 +276,11 @@ class Lock:
             return
         # Removed while held: a process that opened this file before will find, once it has the lock,
         # that the path no longer leads to it, and start again with the new file.
-        self.path.unlink(missing_ok=True)
-        os.close(self._descriptor)
-        self._descriptor = None
+        try:
+            self.path.unlink(missing_ok=True)
+        finally:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def __enter__(self) -> Self:
         self.acquire()

@@ -103,9 +103,13 @@ def read_table(shard_output: Path) -> BlockTable:
     """A shard's table. Raises GembError where it is damaged."""
     path = table_path(shard_output)
     try:
-        return BlockTable(**read_json(path))
+        table = BlockTable(**read_json(path))
+        numbers = [table.shard, table.of, *table.rows]
     except TypeError as error:
         raise GembError(f"{path} is no table of blocks; run the shard again") from error
+    if not all(isinstance(number, int) for number in numbers):
+        raise GembError(f"{path} is no table of blocks; run the shard again")
+    return table
 
 
 def find_parts(output: Path | str) -> list[ShardPart]:
@@ -113,10 +117,8 @@ def find_parts(output: Path | str) -> list[ShardPart]:
 
     Raises GembError for missing shards (with their numbers), MismatchError for shards of different jobs.
     """
-    base = shard_path(output, 0, 1).name
-    pattern = re.compile(
-        re.escape(base).replace(r"00000\-of\-00001", r"(\d{5,})-of-(\d{5,})") + re.escape(TABLE_ENDING)
-    )
+    before, after = (re.escape(part) for part in shard_path(output, 0, 1).name.rsplit("00000-of-00001", 1))
+    pattern = re.compile(rf"{before}(\d{{5,}})-of-(\d{{5,}}){after}{re.escape(TABLE_ENDING)}")
     folder = Path(output).parent
     found = [
         match for path in sorted(folder.glob("*" + TABLE_ENDING)) if (match := pattern.fullmatch(path.name))

@@ -348,16 +348,15 @@ class _ParquetSink(_FileSink):
 
     def _compare(self, table: Path) -> None:
         """Raises MachineError unless the table gives back the rows and ids it was made from."""
-        made = open_vectors(table)
         start = 0
-        for ids, stored in self._groups():
-            same = np.array_equal(made.stored(start, start + len(ids)), stored)
-            start += len(ids)
-            if not same or made.ids(start - len(ids), start) != ids:
-                raise MachineError(
-                    f"{table} does not hold what was written to it; check the disk, then run again"
-                )
-        made.close()
+        with open_vectors(table) as made:
+            for ids, stored in self._groups():
+                same = np.array_equal(made.stored(start, start + len(ids)), stored)
+                start += len(ids)
+                if not same or made.ids(start - len(ids), start) != ids:
+                    raise MachineError(
+                        f"{table} does not hold what was written to it; check the disk, then run again"
+                    )
 
 
 class _ShardsSink(_FileSink):

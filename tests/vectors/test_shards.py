@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -129,6 +130,21 @@ def test_missing_shards_are_named(divided: Path) -> None:
     with pytest.raises(GembError) as caught:
         find_parts(divided)
     assert str(caught.value) == f"{divided}: 1 of 3 shards are missing or unfinished: 1; run --shard 1/3"
+
+
+def test_a_name_that_looks_like_a_shard_is_a_name(tmp_path: Path, unit_rows: Rows) -> None:
+    output = tmp_path / "y-00000-of-00001.npy"
+    for shard in range(2):
+        run_shard(output, shard, 2, unit_rows(sum(BLOCK_ROWS), DIMS), Layout(DIMS))
+    assert [part.path for part in find_parts(output)] == [shard_path(output, shard, 2) for shard in range(2)]
+
+
+def test_a_table_with_words_for_numbers_is_damaged(divided: Path) -> None:
+    table = shard_path(divided, 1, 3).with_name("docs.shard-00001-of-00003.npy.blocks.json")
+    entry = json.loads(table.read_text("utf-8"))
+    table.write_text(json.dumps({**entry, "rows": ["5", *entry["rows"][1:]]}), "utf-8")
+    with pytest.raises(GembError, match=r"is no table of blocks; run the shard again$"):
+        find_parts(divided)
 
 
 def test_no_shards_at_all_are_told(tmp_path: Path) -> None:
