@@ -1,0 +1,729 @@
+"""The SQLite file of an index: manifest, segments, documents, the words of their texts.
+
+`index.db` is the only file of an index that changes, and a change is one transaction: it is there as a
+whole or not at all. While a writer is open the file is in WAL mode; a clean close leaves it alone and whole
+(journal mode DELETE). Every row carries a CRC-32 over its values, so that a damaged page which SQLite takes
+for sound is found.
+
+The layout is told in docs/index-format.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import sqlite3
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from gemb.errors import GembError, LockedError, MachineError, MismatchError, UnavailableError
+from gemb.files import explain_os_error, os_errors_explained
+from gemb.store.blocks import DamagedError
+from gemb.store.documents import Document, Span, checksum, encoded, metadata_json, spans_json
+from gemb.store.field_types import FieldType, infer_fields, value_type
+from gemb.store.segments import Checksums, SegmentRecord
+from gemb.vectors import Int8Ranges, Layout
+from gemb.vectors.layout import DType
+
+DATABASE = "index.db"
+SEGMENTS = "segments"
+LOCK = "writer.lock"
+FORMAT = 1
+"""PRAGMA user_version; a gemb reads its own and older ones."""
+APPLICATION = 0x67656D62  # "gemb", what `file` and other programs know the file by
+BUSY_SECONDS = 30.0
+KEYS_A_QUERY = 500  # below SQLite's classical limit of 999 parameters
+CACHE_KIB = 32_768
+_SCHEMA = """
+CREATE TABLE manifest (name TEXT PRIMARY KEY, value TEXT NOT NULL, checksum INTEGER NOT NULL);
+CREATE TABLE segments (
+    name TEXT PRIMARY KEY, first_key INTEGER NOT NULL, record TEXT NOT NULL,
+    dead BLOB NOT NULL, checksum INTEGER NOT NULL
+);
+CREATE TABLE checksums (
+    segment TEXT NOT NULL, file TEXT NOT NULL, blocks BLOB NOT NULL, checksum INTEGER NOT NULL,
+    PRIMARY KEY (segment, file)
+);
+CREATE TABLE documents (
+    key INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, content BLOB NOT NULL, rows INTEGER NOT NULL,
+    checksum INTEGER NOT NULL, title TEXT NOT NULL, metadata TEXT NOT NULL
+);
+CREATE TABLE texts (key INTEGER PRIMARY KEY, spans TEXT NOT NULL, text TEXT NOT NULL);
+CREATE VIEW contents AS
+    SELECT documents.key AS key, title, coalesce(text, '') AS text
+    FROM documents LEFT JOIN texts ON texts.key = documents.key;
+CREATE TABLE fields (
+    name TEXT NOT NULL, type TEXT NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (name, type)
+);
+"""
+_WORDS = """
+CREATE VIRTUAL TABLE words USING fts5(
+    title, text, content='contents', content_rowid='key', tokenize='porter unicode61 remove_diacritics 2'
+);
+"""
+
+
+def advice(folder: Path) -> str:
+    """What to do about a damaged index."""
+    return f"run gemb index verify {folder}, then gemb index rebuild {folder}"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What holds for every row of an index, chosen when it is made.
+
+    `dims` D and `dtype` are of the stored vectors; `code_dims` C <= D is the width of the first stage,
+    below D only for models that were trained for it (Matryoshka, arXiv 2205.13147). `encoder` is whatever
+    tells the model and its prompts ("fingerprint", "model", ...), empty for vectors from elsewhere. `words`
+    keeps the texts' words for a search by words. `int8_ranges` [2][D] belong to int8 and are found on the
+    first rows where they are not given.
+    """
+
+    dims: int
+    dtype: DType = "f16"
+    code_dims: int = 0
+    encoder: Mapping[str, Any] = field(default_factory=dict)
+    words: bool = True
+    int8_ranges: Sequence[Sequence[float]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.dims < 1:
+            raise ValueError(f"dims is {self.dims}")
+        if self.dtype not in ("f32", "f16", "bf16", "int8"):
+            raise GembError(f"an index stores f32, f16, bf16 or int8 vectors, not {self.dtype}")
+        if not 0 <= self.code_dims <= self.dims:
+            raise ValueError(f"code_dims is {self.code_dims} of {self.dims}")
+        if not self.code_dims:
+            object.__setattr__(self, "code_dims", self.dims)
+
+    def layout(self) -> Layout:
+        """How a vector lies in the segments. Raises ValueError while the int8 ranges are not known."""
+        ranges = None
+        if self.dtype == "int8":
+            if self.int8_ranges is None:
+                raise ValueError("the int8 ranges are not known yet")
+            ranges = Int8Ranges.from_array(np.array(self.int8_ranges, np.float32))
+        return Layout(self.dims, self.dtype, ranges=ranges)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What changes with every commit: its number, how many documents and live rows, the next free key."""
+
+    generation: int = 0
+    documents: int = 0
+    rows: int = 0
+    next_key: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentEntry:
+    """A segment as the catalogue names it; bit r of `dead` (lowest first) says that row r is dead."""
+
+    record: SegmentRecord
+    dead: bytes
+
+    def dead_rows(self) -> NDArray[np.bool_] | None:
+        """[N], True where the row is dead; None where none is."""
+        if not self.dead:
+            return None
+        bits = np.unpackbits(np.frombuffer(self.dead, np.uint8), bitorder="little", count=self.record.rows)
+        return bits.view(np.bool_)
+
+    @property
+    def live_rows(self) -> int:
+        """Rows that are not dead."""
+        return self.record.rows - int.from_bytes(self.dead, "little").bit_count()
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the catalogue has under an id."""
+
+    key: int
+    content: bytes
+    metadata: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDocument:
+    """A document as it lies in the catalogue, checked against its checksum."""
+
+    key: int
+    document: Document
+    content: bytes
+    rows: int
+    spans: tuple[Span, ...] | None
+
+
+class Catalogue:
+    """An open `index.db`; `Catalogue.create`, `.open_for_writing` and `.open_for_reading` give one.
+
+    It may be used by any thread, one at a time.
+    """
+
+    def __init__(self, folder: Path, connection: sqlite3.Connection, temporary: Path | None = None) -> None:
+        self.folder = folder
+        self.path = folder / DATABASE
+        self._connection = connection
+        self._temporary = temporary
+
+    # ------------------------------------------------------------------ opening
+
+    @classmethod
+    def create(cls, folder: Path, settings: Settings) -> Catalogue:
+        """A new catalogue in `folder`, which holds no finished one."""
+        catalogue = cls(folder, _connect(folder / DATABASE, "rwc"))
+        try:
+            catalogue._prepare_writing()
+            with catalogue.transaction():
+                for statement in (_SCHEMA + (_WORDS if settings.words else "")).split(";"):
+                    catalogue._execute(statement)
+                catalogue._execute(f"PRAGMA application_id = {APPLICATION}")
+                catalogue._execute(f"PRAGMA user_version = {FORMAT}")
+                catalogue.put_settings(settings)
+                catalogue.put_state(State())
+        except BaseException:
+            catalogue.close()
+            raise
+        return catalogue
+
+    @classmethod
+    def open_for_writing(cls, folder: Path) -> Catalogue:
+        """The catalogue of an index, in WAL mode; the caller holds the writer's lock."""
+        catalogue = cls(folder, _connect(folder / DATABASE, "rw"))
+        try:
+            catalogue.check_format()
+            catalogue._prepare_writing()
+        except BaseException:
+            catalogue.close()
+            raise
+        return catalogue
+
+    @classmethod
+    def open_for_reading(cls, folder: Path) -> Catalogue:
+        """The catalogue of an index, read-only; works on read-only media and while a writer is at work.
+
+        A database whose journal cannot be read in place (a read-only folder with a `-wal` of a killed
+        writer) is copied with it to a temporary folder: without the journal it would hide rows that were
+        promised.
+
+        Raises UnavailableError if there is no index, GembError if it is none or unfinished, MismatchError
+        if a newer gemb wrote it.
+        """
+        path = folder / DATABASE
+        check_is_index(folder)
+        catalogue = cls(folder, _connect(path, "ro"))
+        try:
+            catalogue.check_format()
+            return catalogue
+        except _CannotOpen:
+            catalogue.close()
+        except BaseException:
+            catalogue.close()
+            raise
+        journals = [journal for journal in _journals(path) if journal.exists()]
+        if journals:
+            temporary = Path(tempfile.mkdtemp(prefix="gemb-"))
+            with os_errors_explained(path, "read"):
+                for source in (path, *journals):
+                    if not source.name.endswith("-shm"):
+                        shutil.copy(source, temporary / source.name)
+            catalogue = cls(folder, _connect(temporary / DATABASE, "rw"), temporary)
+        else:
+            catalogue = cls(folder, _connect(path, "ro", "&immutable=1"))
+        try:
+            catalogue.check_format()
+        except _CannotOpen as error:
+            catalogue.close()
+            raise GembError(f"cannot read {path}: {error}; check its mode and its folder's") from error
+        except BaseException:
+            catalogue.close()
+            raise
+        return catalogue
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.close()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def close_writing(self) -> None:
+        """Closes after writing and leaves one whole file; its `-wal` stays where a reader is in the way."""
+        deadline = time.monotonic() + 1.0
+        with contextlib.suppress(sqlite3.OperationalError):
+            self._connection.execute("PRAGMA busy_timeout = 200")
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        while True:
+            try:
+                mode = self._connection.execute("PRAGMA journal_mode = DELETE").fetchone()[0]
+            except sqlite3.OperationalError:
+                mode = "wal"
+            if mode == "delete" or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        self.close()
+
+    def check_format(self) -> None:
+        """Returns if this gemb reads the file.
+
+        Raises GembError if it is no index, MismatchError if a newer gemb wrote it.
+        """
+        application = self._one("PRAGMA application_id")
+        version = self._one("PRAGMA user_version")
+        if application != APPLICATION:
+            if not self._one("SELECT count(*) FROM sqlite_schema"):
+                raise UnfinishedError(
+                    f"{self.folder} is not finished; run the gemb index command that began it again"
+                )
+            raise GembError(
+                f"{self.folder} is no index: its {DATABASE} belongs to another program; choose another path"
+            )
+        if version > FORMAT:
+            raise MismatchError(
+                f"{self.folder} is an index of format {version}, this gemb reads up to {FORMAT}; upgrade gemb"
+            )
+
+    def _prepare_writing(self) -> None:
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:  # SQLite does not wait by itself for readers that keep it from changing the mode
+            try:
+                mode = self._one("PRAGMA journal_mode = WAL")
+            except LockedError:
+                mode = "busy"
+            if mode == "wal":
+                break
+            if time.monotonic() > deadline:
+                raise LockedError(
+                    f"{self.path} is being read by other programs for more than {BUSY_SECONDS:g} s; "
+                    "run the command again later"
+                )
+            time.sleep(0.02)
+        self._execute("PRAGMA synchronous = FULL")
+        self._execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+
+    # ------------------------------------------------------------------ statements
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """One change that is there as a whole or not at all, on the disk when the block ends."""
+        self.begin()
+        try:
+            yield
+        except BaseException:
+            self.roll_back()
+            raise
+        self.commit()
+
+    def begin_snapshot(self) -> None:
+        """Begins to answer every question by one and the same generation, until `roll_back`."""
+        self._execute("BEGIN")
+
+    def begin(self) -> None:
+        """Begins a change."""
+        self._execute("BEGIN IMMEDIATE")
+
+    def commit(self) -> None:
+        """Returns when the change is on the disk; a failed one is taken back."""
+        try:
+            self._execute("COMMIT")
+        except BaseException:
+            self.roll_back()
+            raise
+
+    def roll_back(self) -> None:
+        """Takes back what was not committed."""
+        with contextlib.suppress(sqlite3.Error):
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a change has begun."""
+        return self._connection.in_transaction
+
+    def _execute(self, statement: str, parameters: Sequence[Any] = ()) -> sqlite3.Cursor:
+        try:
+            return self._connection.execute(statement, parameters)
+        except sqlite3.Error as error:
+            _explain(error, self.folder)
+
+    def _rows(self, statement: str, parameters: Sequence[Any] = ()) -> Iterator[Any]:
+        """The answer's rows; an error on the way is explained as well."""
+        try:
+            yield from self._connection.execute(statement, parameters)
+        except sqlite3.Error as error:
+            _explain(error, self.folder)
+
+    def _many(self, statement: str, parameters: Iterable[Sequence[Any]]) -> None:
+        try:
+            self._connection.executemany(statement, parameters)
+        except sqlite3.Error as error:
+            _explain(error, self.folder)
+
+    def _one(self, statement: str, parameters: Sequence[Any] = ()) -> Any:  # noqa: ANN401  # as in sqlite3
+        try:
+            row = self._connection.execute(statement, parameters).fetchone()
+        except sqlite3.Error as error:
+            _explain(error, self.folder)
+        return None if row is None else row[0]
+
+    # ------------------------------------------------------------------ manifest
+
+    def _manifest(self, name: str) -> dict[str, Any]:
+        found = next(iter(self._rows("SELECT value, checksum FROM manifest WHERE name = ?", (name,))), None)
+        if found is None or checksum(name, found[0]) != found[1]:
+            raise self.damaged(f"the manifest's {name} does not match its checksum")
+        value: dict[str, Any] = orjson.loads(found[0])
+        return value
+
+    def _put_manifest(self, name: str, value: object) -> None:
+        text = orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_SERIALIZE_NUMPY).decode()
+        self._execute("INSERT OR REPLACE INTO manifest VALUES (?, ?, ?)", (name, text, checksum(name, text)))
+
+    def settings(self) -> Settings:
+        """What holds for every row."""
+        return Settings(**self._manifest("settings"))
+
+    def put_settings(self, settings: Settings) -> None:
+        """Replaces the settings."""
+        self._put_manifest("settings", settings)
+
+    def state(self) -> State:
+        """The state after the last commit, or within the change at hand."""
+        return State(**self._manifest("state"))
+
+    def put_state(self, state: State) -> None:
+        """Replaces the state."""
+        self._put_manifest("state", state)
+
+    def damaged(self, what: str) -> DamagedError:
+        """The error for something in this file that is not as it was written."""
+        return DamagedError(f"{self.path} is damaged: {what}; {advice(self.folder)}")
+
+    # ------------------------------------------------------------------ segments
+
+    def segments(self) -> list[SegmentEntry]:
+        """All segments, by their keys."""
+        found = []
+        for name, first, text, dead, wanted in self._rows(
+            "SELECT name, first_key, record, dead, checksum FROM segments ORDER BY first_key"
+        ):
+            if checksum(name, first, text, dead) != wanted:
+                raise self.damaged(f"the entry of segment {name} does not match its checksum")
+            found.append(SegmentEntry(SegmentRecord(**orjson.loads(text)), dead))
+        return found
+
+    def checksums(self, segment: str) -> dict[str, NDArray[np.uint32]]:
+        """The block checksums of each file of a segment."""
+        found = {}
+        for file, blocks, wanted in self._rows(
+            "SELECT file, blocks, checksum FROM checksums WHERE segment = ?", (segment,)
+        ):
+            if checksum(segment, file, blocks) != wanted:
+                raise self.damaged(f"the block checksums of {segment}/{file} do not match their own")
+            found[file] = np.frombuffer(blocks, "<u4")
+        return found
+
+    def put_segment(self, record: SegmentRecord, checksums: Checksums) -> None:
+        """Adds a segment."""
+        self.put_dead(record, b"")
+        for file, blocks in checksums.items():
+            content = blocks.tobytes()
+            row = (record.name, file, content, checksum(record.name, file, content))
+            self._execute("INSERT INTO checksums VALUES (?, ?, ?, ?)", row)
+
+    def put_dead(self, record: SegmentRecord, dead: bytes) -> None:
+        """Replaces the dead rows of a segment."""
+        text = orjson.dumps(record.as_json(), option=orjson.OPT_SORT_KEYS).decode()
+        row = (record.name, record.first_key, text, dead, checksum(record.name, record.first_key, text, dead))
+        self._execute("INSERT OR REPLACE INTO segments VALUES (?, ?, ?, ?, ?)", row)
+
+    def remove_segment(self, name: str) -> None:
+        """Takes a segment out; its files are the caller's."""
+        self._execute("DELETE FROM segments WHERE name = ?", (name,))
+        self._execute("DELETE FROM checksums WHERE segment = ?", (name,))
+
+    # ------------------------------------------------------------------ documents
+
+    def known(self, ids: Sequence[str]) -> dict[str, Known]:
+        """What lies under those of the ids that are there."""
+        found = {}
+        for part in _parts(ids, KEYS_A_QUERY):
+            marks = ",".join("?" * len(part))
+            for id_, *values in self._rows(
+                f"SELECT id, key, content, metadata FROM documents WHERE id IN ({marks})", part
+            ):
+                found[id_] = Known(*values)
+        return found
+
+    def put_documents(
+        self,
+        documents: Sequence[Document],
+        keys: Sequence[int],
+        contents: Sequence[bytes],
+        spans: Sequence[Sequence[Span] | None],
+        *,
+        words: bool,
+    ) -> None:
+        """Adds documents under new keys; their ids are free. Spans are those of a document's passages."""
+        rows, texts, titled = [], [], []
+        counts: Counter[tuple[str, str]] = Counter()
+        for document, key, content, own in zip(documents, keys, contents, spans, strict=True):
+            encoded(document.id, document.id, "id")
+            metadata, places = metadata_json(document), spans_json(own)
+            count = 1 if own is None else len(own)
+            crc = checksum(key, document.id, content, count, document.title, metadata, places, document.text)
+            rows.append((key, document.id, content, count, crc, document.title, metadata))
+            if document.text or places:
+                texts.append((key, places, document.text))
+            if document.title or document.text:
+                titled.append((key, document.title, document.text))
+            counts.update(field_counts(metadata))
+        self._many("INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        self._many("INSERT INTO texts VALUES (?, ?, ?)", texts)
+        if words:
+            self._many("INSERT INTO words (rowid, title, text) VALUES (?, ?, ?)", titled)
+        self._count_fields(counts)
+
+    def put_metadata(self, key: int, document: Document) -> None:
+        """Replaces the metadata of a document whose text and vector stay."""
+        stored = self.documents([key])[key]
+        metadata = metadata_json(document)
+        old = stored.document
+        crc = checksum(
+            key, old.id, stored.content, stored.rows, old.title, metadata, spans_json(stored.spans), old.text
+        )
+        self._execute("UPDATE documents SET metadata = ?, checksum = ? WHERE key = ?", (metadata, crc, key))
+        counts = Counter(field_counts(metadata))
+        counts.subtract(field_counts(metadata_json(old)))
+        self._count_fields(counts)
+
+    def remove_documents(self, keys: Sequence[int], *, words: bool) -> int:
+        """Takes documents out and returns how many rows they had; the rows are the caller's."""
+        gone = 0
+        for part in _parts(keys, KEYS_A_QUERY):
+            chosen = f"({','.join('?' * len(part))})"
+            counts: Counter[tuple[str, str]] = Counter()
+            for rows, metadata in self._rows(
+                f"SELECT rows, metadata FROM documents WHERE key IN {chosen}", part
+            ):
+                gone += rows
+                counts.subtract(field_counts(metadata))
+            self._count_fields(counts)
+            if words:  # FTS5 keeps no texts of its own: to forget a document it must be told its words
+                self._execute(
+                    "INSERT INTO words (words, rowid, title, text) "
+                    f"SELECT 'delete', key, title, text FROM contents WHERE key IN {chosen} "
+                    "AND (title != '' OR text != '')",
+                    part,
+                )
+            self._execute(f"DELETE FROM texts WHERE key IN {chosen}", part)
+            self._execute(f"DELETE FROM documents WHERE key IN {chosen}", part)
+        return gone
+
+    def documents(self, keys: Iterable[int]) -> dict[int, StoredDocument]:
+        """The documents under those of the keys that are there, each checked against its checksum."""
+        found = {}
+        for part in _parts(keys, KEYS_A_QUERY):
+            marks = ",".join("?" * len(part))
+            for row in self._rows(f"{_SELECT_DOCUMENTS} WHERE documents.key IN ({marks})", part):
+                found[row[0]] = self._document(row)
+        return found
+
+    def all_documents(self, after_key: int = 0) -> Iterator[StoredDocument]:
+        """Every document by its key, from behind `after_key` on, as a stream."""
+        for row in self._rows(
+            f"{_SELECT_DOCUMENTS} WHERE documents.key > ? ORDER BY documents.key", (after_key,)
+        ):
+            yield self._document(row)
+
+    def keys_where(self, fragment: str, parameters: Sequence[Any]) -> NDArray[np.uint64]:
+        """The keys, ascending, of the documents for which a condition over `documents` is true."""
+        rows = self._rows(f"SELECT key FROM documents WHERE {fragment} ORDER BY key", tuple(parameters))
+        return np.fromiter((row[0] for row in rows), dtype=np.uint64)
+
+    def keys_not_in(self, seen: NDArray[np.bool_]) -> NDArray[np.uint64]:
+        """The keys, ascending, of the documents that are False (or beyond the end) in seen[key]."""
+        found = []
+        rows = self._rows("SELECT key FROM documents ORDER BY key")
+        while part := list(islice(rows, 65_536)):
+            keys = np.array(part, dtype=np.int64)[:, 0]
+            is_seen = np.zeros(len(keys), dtype=bool)
+            inside = keys < len(seen)
+            is_seen[inside] = seen[keys[inside]]
+            found.append(keys[~is_seen].astype(np.uint64))
+        return np.concatenate(found) if found else np.empty(0, np.uint64)
+
+    def keys_with_words(
+        self, query: str, limit: int, condition: tuple[str, Sequence[Any]] | None
+    ) -> list[tuple[int, float]]:
+        """Key and BM25 score (higher is better) of the documents that best fit an FTS5 query, best first."""
+        among = f" AND rowid IN (SELECT key FROM documents WHERE {condition[0]})" if condition else ""
+        parameters = [query, *(condition[1] if condition else ()), limit]
+        return [
+            (key, -score)
+            for key, score in self._rows(
+                f"SELECT rowid, bm25(words) FROM words WHERE words MATCH ?{among} "
+                "ORDER BY bm25(words), rowid LIMIT ?",
+                parameters,
+            )
+        ]
+
+    def count_documents(self) -> tuple[int, int]:
+        """How many documents there are, and how many rows they have, counted anew."""
+        ((documents, rows),) = self._rows("SELECT count(*), coalesce(sum(rows), 0) FROM documents")
+        return documents, rows
+
+    def fields(self) -> dict[str, FieldType]:
+        """The metadata fields of all documents and their types, as `gemb.store.where.parse` wants them."""
+        return infer_fields(self._rows("SELECT name, type, count FROM fields ORDER BY name"))
+
+    def field_counts(self) -> Counter[tuple[str, str]]:
+        """How many documents have a field of a type, as it is kept."""
+        return Counter({(name, type_): count for name, type_, count in self._rows("SELECT * FROM fields")})
+
+    def _count_fields(self, counts: Counter[tuple[str, str]]) -> None:
+        self._many(
+            "INSERT INTO fields VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count",
+            [(name, type_, count) for (name, type_), count in counts.items() if count],
+        )
+
+    def integrity_problems(self) -> list[str]:
+        """What SQLite itself finds wrong with the file."""
+        found = [str(row[0]) for row in self._rows("PRAGMA integrity_check(20)")]
+        problems = [] if found == ["ok"] else found
+        if self._one("SELECT count(*) FROM sqlite_schema WHERE name = 'words'"):
+            try:
+                self._connection.execute("SAVEPOINT checking")
+                self._connection.execute("INSERT INTO words (words, rank) VALUES ('integrity-check', 1)")
+            except sqlite3.DatabaseError as error:
+                if "readonly" not in str(error):
+                    problems.append(f"the words of the texts: {error}")
+            finally:
+                with contextlib.suppress(sqlite3.Error):
+                    self._connection.execute("ROLLBACK TO checking")
+                    self._connection.execute("RELEASE checking")
+        return problems
+
+    def _document(self, row: Sequence[Any]) -> StoredDocument:
+        key, id_, content, count, wanted, title, metadata, spans, text = row
+        spans, text = spans or "", text or ""
+        try:
+            found = checksum(key, id_, content, count, title, metadata, spans, text)
+        except (TypeError, AttributeError, OverflowError):
+            found = -1  # a damaged row may hold other types
+        if found != wanted:
+            raise self.damaged(f"the document {id_!r} does not match its checksum")
+        places = tuple((begin, end) for begin, end in orjson.loads(spans)) if spans else None
+        return StoredDocument(key, Document(id_, text, title, orjson.loads(metadata)), content, count, places)
+
+
+_SELECT_DOCUMENTS = (
+    "SELECT documents.key, id, content, rows, checksum, title, metadata, spans, text "
+    "FROM documents LEFT JOIN texts ON texts.key = documents.key"
+)
+
+
+class UnfinishedError(GembError):
+    """An index whose making was interrupted before anything was in it."""
+
+
+class _CannotOpen(GembError):
+    """SQLite cannot open the file in place: no permission to make the files it needs beside it."""
+
+
+def field_counts(metadata: str) -> dict[tuple[str, str], int]:
+    """1 for each metadata field of one document and its type."""
+    if metadata == "{}":
+        return {}
+    return {(name, value_type(value)): 1 for name, value in orjson.loads(metadata).items()}
+
+
+def check_is_index(folder: Path) -> None:
+    """Returns if `folder` holds an index database.
+
+    Raises UnavailableError if nothing is there, GembError if it is something else.
+    """
+    if not folder.exists():
+        raise UnavailableError(f"there is no index {folder}; make one with gemb index INPUT -o {folder}")
+    if not (folder / DATABASE).is_file():
+        if folder.is_dir() and (folder / LOCK).exists():
+            raise GembError(f"{folder} is not finished; run the gemb index command that began it again")
+        raise GembError(
+            f"{folder} is no index: it has no {DATABASE}; make one with gemb index INPUT -o NAME.gemb"
+        )
+
+
+def uri_of(path: Path, mode: str, extra: str = "") -> str:
+    """The SQLite URI of a file; every character that means something there is escaped."""
+    return f"{path.absolute().as_uri()}?mode={mode}{extra}"
+
+
+def _connect(path: Path, mode: str, extra: str = "") -> sqlite3.Connection:
+    try:
+        connection = sqlite3.connect(
+            uri_of(path, mode, extra),
+            uri=True,
+            timeout=BUSY_SECONDS,
+            isolation_level=None,  # transactions begin and end where this module says so
+            check_same_thread=False,
+            cached_statements=256,
+        )
+        connection.execute("PRAGMA trusted_schema = OFF")
+        connection.execute("PRAGMA cell_size_check = ON")
+    except sqlite3.Error as error:
+        _explain(error, path.parent)
+    return connection
+
+
+def _journals(path: Path) -> list[Path]:
+    return [path.with_name(f"{path.name}-{kind}") for kind in ("wal", "journal")]
+
+
+def _explain(error: sqlite3.Error, folder: Path) -> NoReturn:
+    """Raises what a failed statement means to a user."""
+    path = folder / DATABASE
+    code = getattr(error, "sqlite_errorcode", None)
+    match None if code is None else code & 0xFF:
+        case sqlite3.SQLITE_FULL:
+            raise explain_os_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), path) from error
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            raise LockedError(f"{path} is held by another process; run the command again later") from error
+        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM | sqlite3.SQLITE_AUTH:
+            raise _CannotOpen(
+                f"cannot open {path}: {str(error).lower()}; check its mode and its folder's"
+            ) from error
+        case sqlite3.SQLITE_IOERR if code != sqlite3.SQLITE_IOERR_SHORT_READ:
+            raise MachineError(
+                f"cannot read or write {path}: {str(error).lower()}; "
+                "check the disk, then run the same command again"
+            ) from error
+        case sqlite3.SQLITE_TOOBIG:
+            raise GembError(f"a text is longer than SQLite takes (1 GB): {error}") from error
+        case sqlite3.SQLITE_NOMEM:
+            raise MachineError(f"out of memory in {path}; close other programs and run it again") from error
+        case sqlite3.SQLITE_NOTADB:
+            raise DamagedError(
+                f"{path} is no SQLite database, or its first page is damaged; {advice(folder)}"
+            ) from error
+    raise DamagedError(f"{path} is damaged: {str(error).lower()}; {advice(folder)}") from error
+
+
+def _parts(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(values)
+    while part := list(islice(iterator, size)):
+        yield part

@@ -1,0 +1,102 @@
+"""What an index keeps of a document, and how it is told whether the document changed."""
+
+import hashlib
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from gemb.errors import GembError
+
+Span = tuple[int, int]
+"""First character of a passage and the one behind its last, in the document's text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document: any string as id, text and title (either may be empty), and the rest as metadata."""
+
+    id: str
+    text: str = ""
+    title: str = ""
+    metadata: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A document that was found.
+
+    `score` is the cosine similarity of query and best passage, None where the search had no vector.
+    `passage` is that passage's span of the text, None where the document is one passage or the search had
+    no vector. `words` is the BM25 score of a search by words, higher is better.
+    """
+
+    id: str
+    score: float | None
+    title: str
+    text: str
+    metadata: Mapping[str, Any]
+    passage: Span | None = None
+    words: float | None = None
+
+    @property
+    def excerpt(self) -> str:
+        """The text of the best passage, or the whole text."""
+        return self.text if self.passage is None else self.text[self.passage[0] : self.passage[1]]
+
+
+def content_hash(document: Document, vectors: NDArray[np.float32] | None = None) -> bytes:
+    """16 bytes of BLAKE2b over what a document's vectors depend on: title and text, or the vectors given."""
+    digest = hashlib.blake2b(digest_size=16)
+    if vectors is not None:
+        digest.update(b"\x01")
+        digest.update(np.ascontiguousarray(vectors, dtype="<f4").data)
+    title = encoded(document.title, document.id, "title")
+    digest.update(len(title).to_bytes(8, "little"))
+    digest.update(title)
+    digest.update(encoded(document.text, document.id, "text"))
+    return digest.digest()
+
+
+def metadata_json(document: Document) -> str:
+    """The metadata as JSON with sorted keys.
+
+    Raises GembError where a value cannot be JSON.
+    """
+    if not document.metadata:
+        return "{}"
+    try:
+        return orjson.dumps(dict(document.metadata), option=orjson.OPT_SORT_KEYS).decode()
+    except (orjson.JSONEncodeError, UnicodeDecodeError) as error:
+        raise GembError(f"the metadata of {document.id!r} cannot be stored as JSON: {error}") from error
+
+
+def encoded(text: str, id_: str, what: str) -> bytes:
+    """UTF-8 of a text. Raises GembError where it holds half of a surrogate pair, which has no UTF-8."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise GembError(
+            f"the {what} of {id_!r} has a lone surrogate at character {error.start}; correct the input"
+        ) from error
+
+
+def checksum(*values: str | bytes | int) -> int:
+    """CRC-32 over values and their lengths: what tells that a row of the catalogue is as it was written."""
+    crc = 0
+    for value in values:
+        if isinstance(value, int):
+            content = value.to_bytes(8, "little", signed=True)
+        else:
+            content = value.encode() if isinstance(value, str) else value
+        crc = zlib.crc32(content, zlib.crc32(len(content).to_bytes(8, "little"), crc))
+    return crc
+
+
+def spans_json(spans: Sequence[Span] | None) -> str:
+    """Spans as the catalogue keeps them; empty for a document that is one passage."""
+    return "" if spans is None else orjson.dumps([list(span) for span in spans]).decode()
