@@ -31,7 +31,15 @@ from numpy.typing import NDArray
 from gemb.errors import GembError, LockedError, MachineError, MismatchError, UnavailableError
 from gemb.files import explain_os_error, os_errors_explained
 from gemb.store.blocks import DamagedError
-from gemb.store.documents import Document, Span, checksum, encoded, metadata_json, spans_json
+from gemb.store.documents import (
+    Document,
+    Span,
+    StoredDocument,
+    checksum,
+    encoded,
+    metadata_json,
+    spans_json,
+)
 from gemb.store.field_types import FieldType, infer_fields, value_type
 from gemb.store.segments import Checksums, SegmentRecord
 from gemb.vectors import Int8Ranges, Layout
@@ -155,17 +163,6 @@ class Known:
     key: int
     content: bytes
     metadata: str
-
-
-@dataclass(frozen=True, slots=True)
-class StoredDocument:
-    """A document as it lies in the catalogue, checked against its checksum."""
-
-    key: int
-    document: Document
-    content: bytes
-    rows: int
-    spans: tuple[Span, ...] | None
 
 
 class Catalogue:
@@ -602,22 +599,38 @@ class Catalogue:
             [(name, type_, count) for (name, type_), count in counts.items() if count],
         )
 
+    def rows_of_keys(self, first: int, last: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Key and number of rows of each document whose key is in first..last, ascending."""
+        statement = "SELECT key, rows FROM documents WHERE key BETWEEN ? AND ? ORDER BY key"
+        found = np.fromiter(self._rows(statement, (first, last)), dtype=np.dtype("i8,i8"))
+        return found["f0"].astype(np.uint64), found["f1"].astype(np.int64)
+
+    def audit(self) -> tuple[list[str], Counter[tuple[str, str]]]:
+        """The ids of documents that do not match their checksums, and the field counts of all, read anew."""
+        damaged: list[str] = []
+        counts: Counter[tuple[str, str]] = Counter()
+        for row in self._rows(f"{_SELECT_DOCUMENTS} ORDER BY documents.key"):
+            try:
+                stored = self._document(row)
+            except DamagedError:
+                damaged.append(repr(row[1]))
+                continue
+            counts.update(field_counts(metadata_json(stored.document)))
+        return damaged, counts
+
     def integrity_problems(self) -> list[str]:
         """What SQLite itself finds wrong with the file."""
         found = [str(row[0]) for row in self._rows("PRAGMA integrity_check(20)")]
-        problems = [] if found == ["ok"] else found
-        if self._one("SELECT count(*) FROM sqlite_schema WHERE name = 'words'"):
-            try:
-                self._connection.execute("SAVEPOINT checking")
+        return [] if found == ["ok"] else found
+
+    def words_problem(self) -> str | None:
+        """What is wrong with the words, compared with the texts; the catalogue is open for writing."""
+        try:
+            with self.transaction():
                 self._connection.execute("INSERT INTO words (words, rank) VALUES ('integrity-check', 1)")
-            except sqlite3.DatabaseError as error:
-                if "readonly" not in str(error):
-                    problems.append(f"the words of the texts: {error}")
-            finally:
-                with contextlib.suppress(sqlite3.Error):
-                    self._connection.execute("ROLLBACK TO checking")
-                    self._connection.execute("RELEASE checking")
-        return problems
+        except sqlite3.Error as error:
+            return str(error)
+        return None
 
     def _document(self, row: Sequence[Any]) -> StoredDocument:
         key, id_, content, count, wanted, title, metadata, spans, text = row

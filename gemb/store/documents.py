@@ -49,6 +49,17 @@ class Hit:
         return self.text if self.passage is None else self.text[self.passage[0] : self.passage[1]]
 
 
+@dataclass(frozen=True, slots=True)
+class StoredDocument:
+    """A document as it lies in the catalogue, checked against its checksum."""
+
+    key: int
+    document: Document
+    content: bytes
+    rows: int
+    spans: tuple[Span, ...] | None
+
+
 def content_hash(document: Document, vectors: NDArray[np.float32] | None = None) -> bytes:
     """16 bytes of BLAKE2b over what a document's vectors depend on: title and text, or the vectors given."""
     digest = hashlib.blake2b(digest_size=16)

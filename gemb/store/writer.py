@@ -31,7 +31,14 @@ from gemb.errors import GembError, MismatchError
 from gemb.files import Lock, fsync_folder, os_errors_explained
 from gemb.store import catalogue as catalogues
 from gemb.store.catalogue import Catalogue, SegmentEntry, Settings, advice
-from gemb.store.documents import Document, Span, content_hash, encoded, metadata_json
+from gemb.store.documents import (
+    Document,
+    Span,
+    StoredDocument,
+    content_hash,
+    encoded,
+    metadata_json,
+)
 from gemb.store.graph import GraphShape
 from gemb.store.segments import PASS_ROWS, Segment, SegmentRecord, SegmentWriter, spread
 from gemb.vectors import Int8Ranges, Layout, bad_rows, calibrate, cut
@@ -214,7 +221,9 @@ class Writer:
         if twice is not None:
             raise GembError(f"the id {twice!r} comes twice in the input; ids are unique")
         try:
-            self._add(documents, keys_replaced, contents, spans, rows, counts)
+            self._begin()
+            stored, _ = self._calibrated(rows).store(rows)
+            self._add(documents, keys_replaced, contents, spans, stored, counts)
         except BaseException:
             self._forget()
             raise
@@ -229,27 +238,47 @@ class Writer:
         replaced: list[int],
         contents: Sequence[bytes],
         spans: Sequence[Sequence[Span] | None],
-        rows: NDArray[np.float32],
+        stored: NDArray[Any],
         counts: NDArray[np.int64],
     ) -> None:
-        self._begin()
         self._remove(replaced)
         first = self._state.next_key
         keys = list(range(first, first + len(documents)))
         self._catalogue.put_documents(documents, keys, contents, spans, words=self.settings.words)
-        layout = self._calibrated(rows)
-        stored, _ = layout.store(rows)
         if self._pending is None:
-            self._pending = SegmentWriter(self.folder / catalogues.SEGMENTS, layout)
+            self._pending = SegmentWriter(self.folder / catalogues.SEGMENTS, self.settings.layout())
         self._pending.append(np.repeat(np.array(keys, np.uint64), counts), stored)
         self._state = dataclasses.replace(
             self._state,
             next_key=first + len(documents),
             documents=self._state.documents + len(documents),
-            rows=self._state.rows + len(rows),
+            rows=self._state.rows + len(stored),
         )
         self._see(keys[0], keys[-1])
-        self._rows_since += len(rows)
+        self._rows_since += len(stored)
+
+    def put_stored(self, documents: Sequence[StoredDocument], stored: NDArray[Any]) -> None:
+        """Adds documents of another index with the same settings, their stored rows[R, W] as they lie there.
+
+        Their ids are new to this index.
+        """
+        counts = np.array([entry.rows for entry in documents], dtype=np.int64)
+        try:
+            self._begin()
+            self._add(
+                [entry.document for entry in documents],
+                [],
+                [entry.content for entry in documents],
+                [entry.spans for entry in documents],
+                stored,
+                counts,
+            )
+        except BaseException:
+            self._forget()
+            raise
+        self.changes.added += len(documents)
+        if self._rows_since >= COMMIT_ROWS:
+            self.commit()
 
     def delete(self, ids: Iterable[str]) -> list[str]:
         """Removes the documents with these ids, at the next commit; returns the ids that are not there."""
