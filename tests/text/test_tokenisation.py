@@ -74,7 +74,7 @@ ODD_TEXTS = [
 def real_texts() -> list[str]:
     """500 and more texts: prose, code, other scripts, emoji, control characters, random characters."""
     rng = random.Random(0)
-    pieces = [text[start : start + 600] for text in prose() + code() for start in range(0, len(text), 600)]
+    pieces = [text[start : start + 400] for text in prose() + code() for start in range(0, len(text), 400)]
     letters = [range(32, 127), range(0x300), range(0x3000, 0xA000), range(0x1F300, 0x1F700)]
     noise = [
         "".join(chr(rng.choice(rng.choice(letters))) for _ in range(rng.randrange(200))) for _ in range(100)
