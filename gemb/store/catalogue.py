@@ -37,6 +37,7 @@ from gemb.store.documents import (
     StoredDocument,
     checksum,
     encoded,
+    matches,
     metadata_json,
     spans_json,
 )
@@ -382,7 +383,7 @@ class Catalogue:
 
     def _manifest(self, name: str) -> dict[str, Any]:
         found = next(iter(self._rows("SELECT value, checksum FROM manifest WHERE name = ?", (name,))), None)
-        if found is None or checksum(name, found[0]) != found[1]:
+        if found is None or not matches(found[1], name, found[0]):
             raise self.damaged(f"the manifest's {name} does not match its checksum")
         value: dict[str, Any] = orjson.loads(found[0])
         return value
@@ -419,20 +420,22 @@ class Catalogue:
         for name, first, text, dead, wanted in self._rows(
             "SELECT name, first_key, record, dead, checksum FROM segments ORDER BY first_key"
         ):
-            if checksum(name, first, text, dead) != wanted:
+            if not matches(wanted, name, first, text, dead):
                 raise self.damaged(f"the entry of segment {name} does not match its checksum")
             found.append(SegmentEntry(SegmentRecord(**orjson.loads(text)), dead))
         return found
 
-    def checksums(self, segment: str) -> dict[str, NDArray[np.uint32]]:
+    def checksums(self, record: SegmentRecord) -> dict[str, NDArray[np.uint32]]:
         """The block checksums of each file of a segment."""
         found = {}
         for file, blocks, wanted in self._rows(
-            "SELECT file, blocks, checksum FROM checksums WHERE segment = ?", (segment,)
+            "SELECT file, blocks, checksum FROM checksums WHERE segment = ?", (record.name,)
         ):
-            if checksum(segment, file, blocks) != wanted:
-                raise self.damaged(f"the block checksums of {segment}/{file} do not match their own")
-            found[file] = np.frombuffer(blocks, "<u4")
+            if matches(wanted, record.name, file, blocks):
+                found[file] = np.frombuffer(blocks, "<u4")
+        lost = [file for file in record.files if file not in found]
+        if lost:
+            raise self.damaged(f"the block checksums of {record.name}/{lost[0]} are missing or damaged")
         return found
 
     def put_segment(self, record: SegmentRecord, checksums: Checksums) -> None:
@@ -518,8 +521,11 @@ class Catalogue:
             for rows, metadata in self._rows(
                 f"SELECT rows, metadata FROM documents WHERE key IN {chosen}", part
             ):
-                gone += rows
-                counts.subtract(field_counts(metadata))
+                try:
+                    gone += rows
+                    counts.subtract(field_counts(metadata))
+                except (TypeError, orjson.JSONDecodeError) as error:
+                    raise self.damaged(f"a document to be removed cannot be read ({error})") from error
             self._count_fields(counts)
             if words:  # FTS5 keeps no texts of its own: to forget a document it must be told its words
                 self._execute(
@@ -587,7 +593,10 @@ class Catalogue:
 
     def fields(self) -> dict[str, FieldType]:
         """The metadata fields of all documents and their types, as `gemb.store.where.parse` wants them."""
-        return infer_fields(self._rows("SELECT name, type, count FROM fields ORDER BY name"))
+        try:
+            return infer_fields(self._rows("SELECT name, type, count FROM fields ORDER BY name"))
+        except (KeyError, TypeError) as error:
+            raise self.damaged(f"the counts of metadata fields cannot be read ({error})") from error
 
     def field_counts(self) -> Counter[tuple[str, str]]:
         """How many documents have a field of a type, as it is kept."""
@@ -602,7 +611,10 @@ class Catalogue:
     def rows_of_keys(self, first: int, last: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         """Key and number of rows of each document whose key is in first..last, ascending."""
         statement = "SELECT key, rows FROM documents WHERE key BETWEEN ? AND ? ORDER BY key"
-        found = np.fromiter(self._rows(statement, (first, last)), dtype=np.dtype("i8,i8"))
+        try:
+            found = np.fromiter(self._rows(statement, (first, last)), dtype=np.dtype("i8,i8"))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise self.damaged(f"a document's number of rows is no number ({error})") from error
         return found["f0"].astype(np.uint64), found["f1"].astype(np.int64)
 
     def audit(self) -> tuple[list[str], Counter[tuple[str, str]]]:
@@ -635,11 +647,7 @@ class Catalogue:
     def _document(self, row: Sequence[Any]) -> StoredDocument:
         key, id_, content, count, wanted, title, metadata, spans, text = row
         spans, text = spans or "", text or ""
-        try:
-            found = checksum(key, id_, content, count, title, metadata, spans, text)
-        except (TypeError, AttributeError, OverflowError):
-            found = -1  # a damaged row may hold other types
-        if found != wanted:
+        if not matches(wanted, key, id_, content, count, title, metadata, spans, text):
             raise self.damaged(f"the document {id_!r} does not match its checksum")
         places = tuple((begin, end) for begin, end in orjson.loads(spans)) if spans else None
         return StoredDocument(key, Document(id_, text, title, orjson.loads(metadata)), content, count, places)

@@ -101,11 +101,16 @@ def checksum(*values: str | bytes | int) -> int:
     crc = 0
     for value in values:
         if isinstance(value, int):
-            content = value.to_bytes(8, "little", signed=True)
+            content = value.to_bytes(9, "little", signed=True)
         else:
             content = value.encode() if isinstance(value, str) else value
         crc = zlib.crc32(content, zlib.crc32(len(content).to_bytes(8, "little"), crc))
     return crc
+
+
+def matches(wanted: object, *values: object) -> bool:
+    """Whether values of the catalogue have this checksum; a damaged row may hold values of any type."""
+    return all(isinstance(value, str | bytes | int) for value in values) and checksum(*values) == wanted  # type: ignore[arg-type]
 
 
 def spans_json(spans: Sequence[Span] | None) -> str:

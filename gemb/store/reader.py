@@ -297,7 +297,7 @@ class Index:
                     segment = Segment(
                         self.folder / catalogues.SEGMENTS / entry.record.name,
                         entry.record,
-                        self._catalogue.checksums(entry.record.name),
+                        self._catalogue.checksums(entry.record),
                         self.settings.layout(),
                         advice=advice(self.folder),
                         cache=self._cache,

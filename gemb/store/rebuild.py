@@ -99,7 +99,7 @@ def _intact(
     layout = settings.layout()
     folder = catalogue.folder / catalogues.SEGMENTS / record.name
     try:
-        checksums = catalogue.checksums(record.name)
+        checksums = catalogue.checksums(record)
         files = [
             CheckedFile(folder / name, checksums[name], record.files[name], advice(catalogue.folder))
             for name in (ROWS, VECTORS[layout.dtype])

@@ -166,7 +166,7 @@ def _check_segment(
     """Files first, block by block; what is in them only where all of them are whole."""
     folder = catalogue.folder / catalogues.SEGMENTS / entry.record.name
     try:
-        checksums = catalogue.checksums(entry.record.name)
+        checksums = catalogue.checksums(entry.record)
         segment = Segment(
             folder, entry.record, checksums, settings.layout(), advice=advice(catalogue.folder), cache=None
         )
@@ -253,7 +253,7 @@ def _check_rows(
         behind = record.last_key
         folder = catalogue.folder / catalogues.SEGMENTS / record.name
         try:
-            checksums = catalogue.checksums(record.name)
+            checksums = catalogue.checksums(record)
             segment = Segment(folder, record, checksums, settings.layout(), advice="", cache=None)
         except GembError:
             continue  # listed already

@@ -458,7 +458,7 @@ class Writer:
         return Segment(
             self.folder / catalogues.SEGMENTS / record.name,
             record,
-            self._catalogue.checksums(record.name),
+            self._catalogue.checksums(record),
             self.settings.layout(),
             advice=advice(self.folder),
             cache=None,
