@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from queue import Empty, Full, Queue
 from typing import Generic, TypeVar
 
@@ -69,6 +69,10 @@ class ReadAhead(Generic[T]):
             self._give(error)
         else:
             self._give(None)
+        finally:
+            # Here, not by the garbage collector: what a generator holds may belong to this thread.
+            if isinstance(self._items, Generator):
+                self._items.close()
 
     def _give(self, item: tuple[T] | BaseException | None) -> bool:
         while not self._over():

@@ -162,7 +162,8 @@ class Windows:
     """The windows of a stream of records: rendered, each text once, tokenised, looked up in the cache.
 
     Iterating does the work, in the thread that iterates. A None among the records closes the window.
-    At the end `more` tells whether a limit ended it before the records did, and `read` how many records
+    `ended` becomes True when they are all out. Then `end` is the number of the first record that is in no
+    window, `more` tells whether a limit ended them before the records did, and `read` is how many records
     there are, those of other shards counted.
 
     Raises GembError, `FILE:LINE: reason`, at the first refused row if the rules say so.
@@ -181,14 +182,14 @@ class Windows:
         prompt_tokens: int = 0,
         open_cache: Callable[[], VectorCache] | None = None,
     ) -> None:
-        self.more = False
+        self.ended = self.more = False
         self.read = start
         self._records = records
         self._tokeniser = tokeniser
         self._template = template
         self._rules = rules
         self._pace = pace
-        self._end = start
+        self.end = start
         self._taken = 0
         self._prompt_tokens = prompt_tokens
         self._open_cache = open_cache
@@ -197,17 +198,17 @@ class Windows:
 
     def __iter__(self) -> Iterator[Window]:
         cache = self._open_cache() if self._open_cache else None  # here: SQLite belongs to one thread
-        start = self._end
+        start = self.end
         try:
             for run in self._runs():
                 yield self._window(run, start, cache)
-                start = self._end
+                start = self.end
         finally:
             if cache:
                 cache.close()
 
     def _runs(self) -> Iterator[_Run]:
-        """The records of one window each; `_end` stands after the last record of the run."""
+        """The records of one window each; `end` stands after the last record of the run."""
         rules = self._rules
         run = _Run(self._pace.next())
         for item in self._records:
@@ -223,7 +224,7 @@ class Windows:
                 self.more = True
                 break
             self._taken += 1
-            self._end = item.index + 1
+            self.end = item.index + 1
             run.records += 1
             if isinstance(item, Record):
                 run.texts.append(item)
@@ -242,6 +243,7 @@ class Windows:
                 run = _Run(self._pace.next())
         if run.records:
             yield run
+        self.ended = True
 
     def _limit_is_reached(self) -> bool:
         limit, deadline = self._rules.limit_records, self._rules.deadline
@@ -294,7 +296,7 @@ class Windows:
         keys, known = self._look_up(encoded, cache)
         return Window(
             start=start,
-            end=self._end,
+            end=self.end,
             records=run.records,
             ids=[row.id for row in rows],
             places=[
@@ -388,12 +390,15 @@ def _different(rows: list[_Row]) -> tuple[list[str], NDArray[np.int64]]:
 def pausing(records: Iterator[T], stop: threading.Event) -> Iterator[T | None]:
     """The records, and a None whenever none came for PAUSE_SECONDS: for pipes, which may be slow."""
     ahead = ReadAhead(_holding(sys.stdin, records), depth=1024, stop=stop, name="gemb-pipe")
-    while True:
-        try:
-            item = ahead.take(PAUSE_SECONDS)
-        except StopIteration:
-            return
-        yield item[0] if item else None
+    try:
+        while True:
+            try:
+                item = ahead.take(PAUSE_SECONDS)
+            except StopIteration:
+                return
+            yield item[0] if item else None
+    finally:
+        ahead.close()
 
 
 def _holding(stream: object, records: Iterator[T]) -> Iterator[T]:

@@ -6,7 +6,6 @@ A job goes on from the last line of its journal. See docs/architecture.md, "A re
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -240,10 +239,11 @@ class Run:
                 with stdout_guarded():
                     engine = self._open_engine(setup, self._watch.note)
         except StopIteration:  # not one record is left
+            self._check_whole(windows, state)
             return state, windows.read, windows.more
-        finally:
-            if sys.exception() is not None:
-                ahead.close()
+        except BaseException:
+            ahead.close()
+            raise
         self._device_line = engine.device_line
         self._notes += engine.notes
         self._watch.begin(state.counts, setup.inputs)
@@ -271,7 +271,13 @@ class Run:
             engine.close()
         if self._interrupts.exit_code is not None:
             raise self._interrupted(writer.state.counts, self._interrupts.exit_code)
+        self._check_whole(windows, writer.state)
         return writer.state, windows.read, windows.more
+
+    def _check_whole(self, windows: Windows, state: State) -> None:
+        """Raises RuntimeError if not all that was to be read is done: a part must not pass for the whole."""
+        if not windows.ended or state.next_record != windows.end:
+            raise RuntimeError(f"{self._names()}: done up to record {state.next_record:,}, not to the end")
 
     def _records(self, start: int) -> Iterator[Record | Reject | None]:
         setup = self._setup

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from queue import Queue
 
 import pytest
 
@@ -55,6 +56,23 @@ def test_stop_ends_the_iteration_and_the_thread() -> None:
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.02)
     assert threading.active_count() == before
+
+
+def test_a_generator_is_closed_by_the_thread_that_ran_it() -> None:
+    opened: list[threading.Thread] = []
+    closed: Queue[threading.Thread] = Queue()
+
+    def items() -> Iterator[int]:
+        opened.append(threading.current_thread())
+        try:
+            yield from range(100)
+        finally:
+            closed.put(threading.current_thread())
+
+    ahead = ReadAhead(items(), depth=1, stop=threading.Event(), name="test")
+    assert next(ahead) == 0
+    ahead.close()
+    assert closed.get(timeout=5) is opened[0]
 
 
 def test_a_slow_item_is_no_item_yet() -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from gemb.engine import Engine
+from gemb.engine.ahead import ReadAhead
 from gemb.errors import Exit, GembError, LockedError, MismatchError, UnavailableError
 from gemb.files import Lock
 from gemb.jobs import embed as job
@@ -416,6 +417,33 @@ def test_a_job_in_small_steps_gives_the_files_of_one_run(bench: Bench) -> None:
     assert bench.files() == usual
     assert report.data["rows_before"] == 85
     assert dict(report.rows)["resumed"] == "after 85 rows of earlier runs"
+
+
+def test_a_job_that_is_run_while_an_exception_is_handled_is_whole(bench: Bench) -> None:
+    source = bench.write(rows_of(300))
+    try:
+        bench.run(source, dims=100)
+    except MismatchError:
+        report = bench.run(source)  # as a caller does that tries again in another way
+    assert report.data["rows"] == 300
+    assert len(ids_of(bench.place / "docs.npy")) == 300
+
+
+def test_an_input_that_was_left_before_its_end_does_not_pass_for_a_whole_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = ReadAhead.take
+    taken = iter(range(4))
+
+    def take(self: ReadAhead[Any], timeout: float = 0.1) -> tuple[Any] | None:
+        if next(taken, None) is None:
+            raise StopIteration
+        return usual(self, timeout)
+
+    monkeypatch.setattr(ReadAhead, "take", take)
+    with pytest.raises(RuntimeError, match=r"docs\.jsonl: done up to record \d+, not to the end$"):
+        bench.run(bench.write(rows_of(300)))
+    assert not (bench.place / "docs.npy").exists()
 
 
 def test_exactly_as_many_rows_as_the_limit_is_done(bench: Bench) -> None:
