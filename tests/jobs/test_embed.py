@@ -433,7 +433,7 @@ def test_an_input_that_was_left_before_its_end_does_not_pass_for_a_whole_one(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = ReadAhead.take
-    taken = iter(range(4))
+    taken = iter(range(2))
 
     def take(self: ReadAhead[Any], timeout: float = 0.1) -> tuple[Any] | None:
         if next(taken, None) is None:
