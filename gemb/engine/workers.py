@@ -223,7 +223,9 @@ class _Process:
 
 def _serve(open_engine: Callable[[], Engine], connection: Connection) -> None:
     """The life of a process: load, then batch after batch, until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    # Both reach the whole group (Ctrl-C, Slurm, systemd); the parent decides, and its end ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.dup2(2, 1)  # stdout is data of the parent; what libraries print belongs to stderr
     try:
         engine = open_engine()

@@ -84,6 +84,15 @@ def test_a_killed_process_costs_only_the_batches_it_held(start: Callable[..., Pr
     assert victim not in engine.process_ids
 
 
+def test_a_signal_to_the_whole_group_is_the_parents_affair(start: Callable[..., ProcessEngine]) -> None:
+    engine = start([open_fake_engine, open_fake_engine])
+    for process in engine.process_ids:
+        os.kill(process, signal.SIGTERM)
+        os.kill(process, signal.SIGINT)
+    check(run_batches(engine, batches(60)), 60)
+    assert len(engine.process_ids) == 2
+
+
 def test_the_death_of_all_processes_is_a_machine_error(start: Callable[..., ProcessEngine]) -> None:
     notices: list[str] = []
     engine = start([open_fragile_engine, open_fragile_engine], notices)
