@@ -45,7 +45,7 @@ def join(recipe: EmbedRecipe, watch: Watch, *, overwrite: bool) -> Report:
     parts = find_parts(output)
     layout = layout_of(parts)
     records = [read_json(record_path(part.path)) for part in parts]
-    request = Request.from_json(records[0]["request"], record_path(parts[0].path)).unsharded()
+    request = Request.from_json(records[0].get("request"), record_path(parts[0].path)).unsharded()
     lock = Lock(output.with_name(output.name + ".lock"), str(output), recipe.wait_lock, watch.note)
     with ExitStack() as stack:
         check_writable(output)

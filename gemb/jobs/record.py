@@ -63,7 +63,7 @@ def done_already(
     if not path.exists() or request_for is None:
         raise GembError(f"{there[-1]} exists; pass --overwrite to replace it, or choose another output")
     kept = read_json(path)
-    made = Request.from_json(kept["request"], path)
+    made = Request.from_json(kept.get("request"), path)
     if differences := made.differences(request_for(made.inputs)):
         raise refuse(
             f"{output} exists and was made by another request",

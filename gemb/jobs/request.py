@@ -72,15 +72,13 @@ class Request:
         return replace(self, settings={**self.settings, "shard": None})
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], path: Path) -> Request:
+    def from_json(cls, values: Any, path: Path) -> Request:  # noqa: ANN401  # it may be anything
         """The request that `as_json` gave; raises GembError if `path` holds no such thing."""
         try:
             inputs = tuple(InputIdentity(**entry) for entry in values["inputs"])
             return cls(**{**values, "inputs": inputs})
         except (KeyError, TypeError) as error:
-            raise GembError(
-                f"{path}: written by another version of gemb; pass --overwrite to start anew"
-            ) from error
+            raise other_version(path) from error
 
     def differences(self, other: Request) -> list[tuple[str, str]]:
         """(field, "was A, now B") for each difference, from this older request to the `other`."""
@@ -113,6 +111,11 @@ class Request:
             for older, newer in zip(self.inputs, other.inputs, strict=True)
             if (older.bytes, older.digest) != (newer.bytes, newer.digest)
         ]
+
+
+def other_version(path: Path) -> GembError:
+    """The error for a file of a job that this gemb cannot read."""
+    return GembError(f"{path}: written by another version of gemb; pass --overwrite to start anew")
 
 
 def refuse(what: str, differences: Sequence[tuple[str, str]], next_step: str) -> GembError:

@@ -24,7 +24,7 @@ from gemb.jobs.calibration import RowSink
 from gemb.jobs.interrupts import Interrupts
 from gemb.jobs.record import done_already, keep_record, record_path, versions
 from gemb.jobs.reporting import make_report
-from gemb.jobs.request import Request, refuse
+from gemb.jobs.request import Request, other_version, refuse
 from gemb.jobs.seen import SeenIds
 from gemb.jobs.setup import STDOUT, OpenEngine, Setup, any_ranges
 from gemb.jobs.watch import Watch
@@ -137,8 +137,7 @@ class Run:
         with os_errors_explained(setup.finished_work):
             if setup.finished_work.exists():  # of a run that was killed while it tidied up
                 shutil.rmtree(setup.finished_work)
-        job_file = work / "job.json"
-        begun = Request.from_json(read_json(job_file)["request"], job_file) if job_file.exists() else None
+        begun = self._begun(overwrite)
         request = setup.request(begun.inputs if begun else ())
         if begun is not None and setup.reads_pipe:
             self._notes.append(f"what an earlier run left in {work} is dropped: a pipe cannot be read again")
@@ -164,6 +163,21 @@ class Run:
         self._make_work_folder(request)
         return request, None
 
+    def _begun(self, overwrite: bool) -> Request | None:
+        """The request of the unfinished job that is there, if any; one that cannot be read is overwritten."""
+        path = self._setup.work / "job.json"
+        if not path.exists():
+            return None
+        try:
+            job = read_json(path)
+            if job.get("format") != State.FORMAT:
+                raise other_version(path)
+            return Request.from_json(job.get("request"), path)
+        except GembError:
+            if overwrite:
+                return None
+            raise
+
     def _make_work_folder(self, request: Request) -> None:
         """A new work folder that holds the request."""
         setup = self._setup
@@ -180,6 +194,7 @@ class Run:
         write_json(
             work / "job.json",
             {
+                "format": State.FORMAT,
                 "request": request.as_json(),
                 "recipe": resolved(setup.recipe),
                 "versions": versions(),
@@ -248,7 +263,15 @@ class Run:
         self._notes += engine.notes
         self._watch.begin(state.counts, setup.inputs)
         destination = Destination(
-            sink, rejects, journal, seen, open_cache, setup.dims, setup.normalise, setup.shard is not None
+            sink,
+            rejects,
+            journal,
+            seen,
+            open_cache,
+            dims=setup.dims,
+            normalise=setup.normalise,
+            sharded=setup.shard is not None,
+            has_id_lines=setup.has_id_lines,
         )
         writer = Writer(destination, state, setup.limits, stop=stop, on_written=self._watch.written)
         try:
@@ -292,7 +315,6 @@ class Run:
         self._watch.note("the table of ids is made again, by reading the input from its start")
         seen.keep_before(0)
         setup = self._setup
-        ending = "#0" if setup.recipe.on_long == "chunk" else ""
         records = takewhile(
             lambda record: record.index < state.next_record,
             (
@@ -303,7 +325,7 @@ class Run:
         )
         while some := list(islice(records, IDS_AT_ONCE)):
             seen.add(
-                [record.id + ending for record in some],
+                [record.id for record in some],
                 [record.index for record in some],
                 [f"{record.source}:{record.line}" for record in some],
             )

@@ -83,6 +83,11 @@ class Setup:
         return self.output.with_name(self.output.name + ".rejects.jsonl")
 
     @property
+    def has_id_lines(self) -> bool:
+        """Whether the ids of the output stand one a line."""
+        return kind_of(self.output) not in ("stream", "jsonl", "parquet")
+
+    @property
     def reads_pipe(self) -> bool:
         """Whether an input can be read only once."""
         return any(file.is_stream for file in self.inputs)

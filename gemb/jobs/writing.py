@@ -11,11 +11,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import Full, Queue
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import orjson
@@ -30,6 +30,7 @@ from gemb.jobs.seen import SeenIds
 from gemb.vectors.appending import AppendFile, End
 from gemb.vectors.checks import bad_rows, cut
 from gemb.vectors.shards import BLOCK_RECORDS
+from gemb.vectors.sinks import id_lines
 
 MANY_RECORDS = 1000  # from here on a share of rejected records is told from bad luck
 
@@ -68,6 +69,9 @@ class Counts:
 @dataclass(frozen=True, slots=True)
 class State:
     """Where a job stands: one line of its journal."""
+
+    FORMAT: ClassVar[int] = 1
+    """Another one for every change of these fields or of those of `Counts`; it stands in job.json."""
 
     next_record: int = 0
     """Number of the first record that is not done."""
@@ -176,6 +180,8 @@ class Destination:
     """K."""
     normalise: bool
     sharded: bool
+    has_id_lines: bool
+    """Whether ids stand one a line, so that none may hold a line break."""
 
 
 class Writer:
@@ -251,6 +257,10 @@ class Writer:
             for row in np.flatnonzero(np.isin(window.text_of_row, list(reasons))).tolist():
                 keep[row] = False
                 refusals.append(self._refusal(window, row, reasons[int(window.text_of_row[row])]))
+        if self._to.has_id_lines:
+            for row, reason in _unwritable(window.ids, keep).items():
+                keep[row] = False
+                refusals.append(self._refusal(window, row, reason))
         seen = self._check_ids(window, keep, refusals)
         refusals.sort(key=lambda refusal: refusal.index)
         if refusals and self._limits.stop_at_first:
@@ -285,23 +295,24 @@ class Writer:
     def _check_ids(
         self, window: Window, keep: np.ndarray[Any, np.dtype[np.bool_]], refusals: list[Refusal]
     ) -> int:
-        """Take rows with an id that stood before out of `keep`; the number of new ids."""
+        """Take the rows of records with an id that stood before out of `keep`; the number of new ids."""
         if self._to.seen is None:
             return 0
-        rows = np.flatnonzero(keep).tolist()
-        places = [window.places[row] for row in rows]
+        # The records' ids, not the rows': of a document that is repeated no passage may slip through.
+        places = list({(place := window.places[row]).index: place for row in np.flatnonzero(keep)}.values())
         repeats = self._to.seen.add(
-            [window.ids[row] for row in rows],
+            [place.id for place in places],
             [place.index for place in places],
             [str(place) for place in places],
         )
         for repeat in repeats:
-            row = rows[repeat.position]
-            keep[row] = False
-            refusals.append(
-                self._refusal(window, row, f"id {window.ids[row]!r} stands already at {repeat.first_place}")
-            )
-        return len(rows) - len(repeats)
+            place = places[repeat.position]
+            reason = f"id {place.id!r} stands already at {repeat.first_place}"
+            refusals.append(Refusal(place.source, place.line, place.index, place.id, reason))
+        if repeats:
+            repeated = {places[repeat.position].index for repeat in repeats}
+            keep &= [place.index not in repeated for place in window.places]
+        return len(places) - len(repeats)
 
     def _refusal(self, window: Window, row: int, reason: str) -> Refusal:
         place = window.places[row]
@@ -328,3 +339,18 @@ class Writer:
         counts.duplicates += len(window.text_of_row) - len(window.encoded.lengths)
         counts.cache_hits += len(window.known)
         return counts
+
+
+def _unwritable(ids: Sequence[str], keep: np.ndarray[Any, np.dtype[np.bool_]]) -> dict[int, str]:
+    """The rows of `keep` whose ids cannot stand one a line, and why."""
+    try:
+        id_lines(ids)
+    except GembError:  # rare, so that each is asked only now
+        reasons: dict[int, str] = {}
+        for row in np.flatnonzero(keep).tolist():
+            try:
+                id_lines([ids[row]])
+            except GembError as error:
+                reasons[row] = str(error)
+        return reasons
+    return {}

@@ -381,6 +381,31 @@ def test_a_lost_table_of_ids_is_made_again(bench: Bench) -> None:
     assert any("table of ids is made again" in event.note for event in bench.events)
 
 
+def test_no_passage_of_a_document_whose_id_stood_before_is_written(bench: Bench) -> None:
+    source = bench.write(
+        [
+            {"id": "a", "text": words(1)},
+            {"id": "b", "text": words(2)},
+            {"id": "a", "text": words(*range(60))},
+        ]
+    )
+    report = bench.run(source, on_long="chunk", on_error="skip")
+    assert ids_of(bench.place / "docs.npy") == ["a#0", "b#0"]
+    assert report.data["rejected"] == 1
+    (reject,) = (bench.place / "docs.npy.rejects.jsonl").read_text().splitlines()
+    assert json.loads(reject)["reason"] == f"id 'a' stands already at {source}:1"
+
+
+def test_an_id_that_cannot_stand_on_a_line_is_a_refused_row(bench: Bench) -> None:
+    source = bench.write([{"id": "a", "text": "w1"}, {"id": "b\nc", "text": "w2"}, {"id": "d", "text": "w3"}])
+    reason = r"id 'b\\nc' holds a line break, but \.ids\.txt has one id a line; write \.jsonl or \.parquet"
+    with pytest.raises(GembError, match=rf"^{source}:2: {reason}$"):
+        bench.run(source)
+    assert bench.run(source, on_error="skip").exit_code == Exit.REJECTED
+    assert ids_of(bench.place / "docs.npy") == ["a", "d"]
+    assert bench.run(source, "docs.jsonl.jsonl").data["rows"] == 3
+
+
 @pytest.mark.parametrize(("limit", "passes"), [("4", False), ("5", True), ("9%", False), ("10%", True)])
 def test_more_rejects_than_allowed_stop_the_job(bench: Bench, limit: str, passes: bool) -> None:
     rows = [{"id": str(row), "text": "" if row % 10 == 0 else words(row)} for row in range(50)]
@@ -599,6 +624,31 @@ def test_a_pipe_is_not_resumed(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "stdin", stdin())
     with pytest.raises(GembError, match=r"docs\.npy exists; pass --overwrite"):
         bench.run("-")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda job: job["request"].update(unheard_of=1),
+        lambda job: job.pop("request"),
+        lambda job: job.update(format=0),
+    ],
+)
+def test_a_job_of_another_version_of_gemb_is_refused_until_it_is_overwritten(
+    bench: Bench, spoil: Callable[[dict[str, Any]], object]
+) -> None:
+    source = bench.write(rows_of(60))
+    assert bench.run(source, limit_rows=20).exit_code == Exit.MORE
+    path = bench.place / "docs.npy.partial/job.json"
+    begun = json.loads(path.read_text())
+    spoil(begun)
+    path.write_text(json.dumps(begun))
+    message = rf"^{path}: written by another version of gemb; pass --overwrite to start anew$"
+    with pytest.raises(GembError, match=message):
+        bench.run(source)
+    report = bench.run(source, overwrite=True)
+    assert report.data["rows"] == 60
+    assert report.data["rows_before"] == 0
 
 
 # --- the cache -------------------------------------------------------------------------------------------
