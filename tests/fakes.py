@@ -49,6 +49,7 @@ class FakeEngine:
         self.dims = dims
         self.batch_tokens = batch_tokens
         self.workers = workers
+        self.precision = "fp32"
         self.device_line = "fake"
         self.notes: tuple[str, ...] = ()
         self.closed = False

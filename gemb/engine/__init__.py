@@ -41,6 +41,8 @@ class Engine(Protocol):
     """Tokens a batch should hold; `run_batches` lowers it when the device runs out of memory."""
     workers: int
     """Threads that may call `forward` at the same time."""
+    precision: str
+    """fp32 or bf16: what it computes in; both with a + between, where several devices differ."""
     device_line: str
     """What runs where and why, as it is shown to people."""
     notes: tuple[str, ...]

@@ -33,6 +33,7 @@ class TorchEngine:
         self.dims = dims
         self.batch_tokens = batch_tokens
         self.workers = device.threads
+        self.precision: str = device.precision
         self.device_line = device.line
         self.notes: tuple[str, ...] = tuple(encoder.notes)
         """What runs otherwise than it could, one sentence each."""

@@ -50,6 +50,7 @@ class ProcessEngine:
     dims: int
     batch_tokens: int
     workers: int
+    precision: str
     device_line: str
     notes: tuple[str, ...]
 
@@ -74,6 +75,7 @@ class ProcessEngine:
         self.dims = first.dims
         self.batch_tokens = min(process.batch_tokens for process in self._processes)
         self.workers = sum(process.places for process in self._processes)
+        self.precision = "+".join(sorted({process.precision for process in self._processes}))
         lines = dict.fromkeys(process.device_line for process in self._processes)
         self.device_line = f"{len(self._processes)} processes: " + "; ".join(lines)
         self.notes = tuple(dict.fromkeys(note for process in self._processes for note in process.notes))
@@ -162,7 +164,7 @@ class _Process:
             ) from error
         if isinstance(answer, BaseException):
             raise answer
-        self.dims, self.batch_tokens, workers, self.device_line, self.notes = answer
+        self.dims, self.batch_tokens, workers, self.precision, self.device_line, self.notes = answer
         self.places = workers + PREFETCH
         threading.Thread(target=self._receive, name=f"gemb-from-{self.name}", daemon=True).start()
 
@@ -232,7 +234,16 @@ def _serve(open_engine: Callable[[], Engine], connection: Connection) -> None:
     except GembError as error:
         connection.send(_portable(error))
         return
-    connection.send((engine.dims, engine.batch_tokens, engine.workers, engine.device_line, engine.notes))
+    connection.send(
+        (
+            engine.dims,
+            engine.batch_tokens,
+            engine.workers,
+            engine.precision,
+            engine.device_line,
+            engine.notes,
+        )
+    )
     sending = threading.Lock()
 
     def answer(number: int, batch: Batch) -> None:

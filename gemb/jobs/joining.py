@@ -5,16 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from gemb.errors import Exit, GembError
+from gemb.errors import Exit, GembError, MismatchError
 from gemb.files import Lock, check_writable, os_errors_explained, read_json, readable_bytes
 from gemb.jobs.record import done_already, keep_record, record_path
 from gemb.jobs.request import Request
 from gemb.jobs.seen import SeenIds
 from gemb.jobs.watch import Watch
+from gemb.jobs.writing import Counts
 from gemb.recipe import resolved
 from gemb.report import Report
 from gemb.vectors.layout import output_files
@@ -25,10 +27,11 @@ from gemb.vectors.sinks import Position, Sink, open_sink
 if TYPE_CHECKING:
     from gemb.jobs.embed import EmbedRecipe
 
-SUMMED = (
-    "records", "rows", "tokens", "computed_texts", "computed_tokens", "truncated", "lost_tokens", "chunked",
-    "rejected", "empty_skipped", "long_skipped", "duplicates", "cache_hits", "seconds", "write_seconds",
+SUMMED = tuple(field.name for field in fields(Counts))
+OF_ONE_RUN = (
+    "device", "notes", "rows_before", "rows_per_second", "tokens_per_second", "writing_share", "rejects_file",
 )  # fmt: skip
+"""What a shard's report says of its last run, which is nothing of the whole."""
 
 
 def join(recipe: EmbedRecipe, watch: Watch, *, overwrite: bool) -> Report:
@@ -46,6 +49,7 @@ def join(recipe: EmbedRecipe, watch: Watch, *, overwrite: bool) -> Report:
     layout = layout_of(parts)
     records = [read_json(record_path(part.path)) for part in parts]
     request = Request.from_json(records[0].get("request"), record_path(parts[0].path)).unsharded()
+    _check_precision(parts, [record["report"]["precision"] for record in records])
     lock = Lock(output.with_name(output.name + ".lock"), str(output), recipe.wait_lock, watch.note)
     with ExitStack() as stack:
         check_writable(output)
@@ -66,13 +70,21 @@ def join(recipe: EmbedRecipe, watch: Watch, *, overwrite: bool) -> Report:
         rows = append_parts(parts, _WithoutRepeats(sink, seen, parts))
         record_path(output).unlink(missing_ok=True)
         files = sink.finish()
-        data: dict[str, Any] = {**records[0]["report"], "output": str(output), "shards": len(parts)}
+        shared = {name: value for name, value in records[0]["report"].items() if name not in OF_ONE_RUN}
+        rejects = [record["report"]["rejects_file"] for record in records if record["report"]["rejects_file"]]
+        data: dict[str, Any] = {
+            **shared,
+            "output": str(output),
+            "shards": len(parts),
+            "rejects_files": rejects,
+        }
         data |= {name: sum(record["report"][name] for record in records) for name in SUMMED}
         data["files"] = [str(file.path) for file in files]
         report = Report(
             title=f"joined {len(parts)} shards: {rows:,} rows in {output}",
             rows=[
                 ("files", "\n".join(f"{file.path} ({readable_bytes(file.bytes)})" for file in files)),
+                *([("rejected", f"{data['rejected']:,} rows; see {', '.join(rejects)}")] if rejects else []),
                 ("shards", "they are left where they are, and may be removed"),
             ],
             data=data,
@@ -83,6 +95,18 @@ def join(recipe: EmbedRecipe, watch: Watch, *, overwrite: bool) -> Report:
         with os_errors_explained(work):
             shutil.rmtree(work)
     return report
+
+
+def _check_precision(parts: Sequence[ShardPart], precisions: Sequence[str | None]) -> None:
+    """Raises MismatchError unless all shards that have rows were computed in one precision."""
+    known = [(part, precision) for part, precision in zip(parts, precisions, strict=True) if precision]
+    for part, precision in known:
+        first, usual = known[0]
+        if precision != usual:
+            raise MismatchError(
+                f"{part.path} was computed in {precision}, but {first.path} in {usual}; "
+                f"run --shard {part.table.shard}/{part.table.of} again with --precision {usual} --overwrite"
+            )
 
 
 class _WithoutRepeats:

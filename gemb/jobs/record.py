@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gemb.errors import Exit, GembError
 from gemb.files import read_json, write_json
-from gemb.jobs.request import InputIdentity, Request, refuse
+from gemb.jobs.request import AUTO, InputIdentity, Request, refuse
 from gemb.report import Report
 from gemb.vectors.layout import RECORD, OutputFile, kind_of
 
@@ -64,7 +64,12 @@ def done_already(
         raise GembError(f"{there[-1]} exists; pass --overwrite to replace it, or choose another output")
     kept = read_json(path)
     made = Request.from_json(kept.get("request"), path)
-    if differences := made.differences(request_for(made.inputs)):
+    wanted = request_for(made.inputs)
+    differences = made.differences(wanted)
+    computed_in, precision = kept["report"].get("precision"), wanted.settings["precision"]
+    if made.settings["precision"] == AUTO and precision not in (AUTO, computed_in):
+        differences.append(("precision", f"was {computed_in}, now {precision}"))
+    if differences:
         raise refuse(
             f"{output} exists and was made by another request",
             differences,

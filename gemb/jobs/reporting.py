@@ -8,7 +8,7 @@ from dataclasses import asdict
 from gemb.errors import Exit
 from gemb.files import readable_bytes
 from gemb.jobs.setup import Setup
-from gemb.jobs.writing import Counts
+from gemb.jobs.writing import Counts, State
 from gemb.model.folder import fingerprint
 from gemb.report import Report
 from gemb.report.progress import duration
@@ -18,7 +18,7 @@ from gemb.vectors.layout import OutputFile
 
 def make_report(
     setup: Setup,
-    counts: Counts,
+    state: State,
     *,
     before: Counts,
     device_line: str,
@@ -27,10 +27,11 @@ def make_report(
     more: bool,
     notes: Sequence[str],
 ) -> Report:
-    """What was done: `counts` in all, of which `before` in earlier runs.
+    """What was done up to `state`, of which `before` in earlier runs.
 
     Rates are those of this run. `more` says that a limit stopped it before the end of the input.
     """
+    counts = state.counts
     seconds = max(1e-9, counts.seconds - before.seconds)
     rows_per_second = (counts.rows - before.rows) / seconds
     tokens_per_second = (counts.computed_tokens - before.computed_tokens) / seconds
@@ -46,6 +47,7 @@ def make_report(
         "fingerprint": fingerprint(setup.folder),
         "prompt": {"name": setup.template.name, "text": setup.template.prefix},
         "device": device_line,
+        "precision": state.precision,
         **asdict(counts),
         "rows_before": before.rows,
         "rows_per_second": round(rows_per_second, 3),

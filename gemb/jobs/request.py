@@ -21,6 +21,10 @@ MISMATCHES = frozenset({"model", "prompt", "dims", "precision"})
 """Fields whose difference is a mismatch of vectors (exit code 5), not of wishes (2)."""
 
 
+AUTO = "auto"
+"""The precision that fits the processor."""
+
+
 @dataclass(frozen=True, slots=True)
 class InputIdentity:
     """An input file, told by name and content."""
@@ -62,7 +66,12 @@ class Request:
         shared = {
             "model": self.model,
             "prompt": dict(self.prompt),
-            "settings": {name: value for name, value in self.settings.items() if name != "shard"},
+            "settings": {
+                # The join compares what the shards were really computed in.
+                name: value
+                for name, value in self.settings.items()
+                if name not in ("shard", "precision")
+            },
             "inputs": [(one.name, one.bytes, one.digest) for one in self.inputs],
         }
         return blake2b(orjson.dumps(shared, option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()
@@ -94,6 +103,8 @@ class Request:
             found.append(("prompt", f"was {_prompt(self.prompt)}, now {_prompt(other.prompt)}"))
         for name in [*other.settings, *(name for name in self.settings if name not in other.settings)]:
             was, now = self.settings.get(name), other.settings.get(name)
+            if name == "precision" and AUTO in (was, now):
+                continue  # what it was really computed in is compared where that is known
             if was != now:
                 found.append((name, f"was {_shown(was)}, now {_shown(now)}"))
         found += self._input_differences(other)

@@ -14,11 +14,12 @@ from functools import partial
 from itertools import chain, islice, takewhile
 from pathlib import Path
 
+from gemb.engine import Engine
 from gemb.engine.ahead import ReadAhead
 from gemb.engine.cache import VectorCache
 from gemb.engine.opening import stdout_guarded
 from gemb.engine.windows import Pace, Rules, Windows, compute, in_shard, pausing
-from gemb.errors import Exit, GembError, Interrupted
+from gemb.errors import Exit, GembError, Interrupted, MismatchError
 from gemb.files import Journal, os_errors_explained, read_json, write_json
 from gemb.jobs.calibration import RowSink
 from gemb.jobs.interrupts import Interrupts
@@ -66,7 +67,7 @@ class Run:
             if state.counts.records == 0:
                 raise GembError(f"{self._names()}: no rows")
             self._limits_at_end(state.counts, "above")
-            return self._report(state.counts, more=more)
+            return self._report(state, more=more)
 
     def to_file(self, *, overwrite: bool) -> Report:
         """Rows to a file or folder, going on where an earlier run of the same request stopped."""
@@ -107,7 +108,7 @@ class Run:
                 seen = stack.enter_context(seen_ids(setup, setup.work / "seen.sqlite"))
                 state, read, more = self._embed(sink, rejects, journal, seen, state)
                 if more and not setup.reads_pipe:
-                    return self._report(state.counts, more=True)
+                    return self._report(state, more=True)
                 if state.counts.rows == 0 and setup.shard is None:
                     raise self._no_rows(state.counts)
                 self._limits_at_end(state.counts, str(setup.rejects_file))
@@ -118,7 +119,7 @@ class Run:
             record_path(setup.output).unlink(missing_ok=True)
             files = sink.finish()
             clipped = sink.clipped_values
-        report = self._report(state.counts, files, more=more, clipped_values=clipped)
+        report = self._report(state, files, more=more, clipped_values=clipped)
         keep_record(setup.output, request, report, files, resolved(setup.recipe))
         if table is not None:
             write_table(setup.output, table)
@@ -259,6 +260,11 @@ class Run:
         except BaseException:
             ahead.close()
             raise
+        if state.precision not in (None, engine.precision):
+            ahead.close()
+            engine.close()
+            raise self._other_precision(state.precision, engine)
+        state = replace(state, precision=engine.precision)
         self._device_line = engine.device_line
         self._notes += engine.notes
         self._watch.begin(state.counts, setup.inputs)
@@ -377,12 +383,19 @@ class Run:
             f"{self._names()}: none of the {counts.records:,} rows can be embedded ({why}){place}"
         )
 
+    def _other_precision(self, before: str | None, engine: Engine) -> MismatchError:
+        work = self._setup.work
+        return MismatchError(
+            f"{work} holds rows computed in {before}, but here it would be {engine.precision} "
+            f"({engine.device_line}); pass --precision {before}, or remove {work} to start anew"
+        )
+
     def _limits_at_end(self, counts: Counts, place: str) -> None:
         self._setup.limits.check(counts, place, at_end=True)
 
     def _report(
         self,
-        counts: Counts,
+        state: State,
         files: Sequence[OutputFile] = (),
         *,
         more: bool,
@@ -390,7 +403,7 @@ class Run:
     ) -> Report:
         return make_report(
             self._setup,
-            counts,
+            state,
             before=self._before,
             device_line=self._device_line,
             files=files,

@@ -80,6 +80,8 @@ class State:
     seen: int = 0
     """Ids in the table of ids."""
     counts: Counts = field(default_factory=Counts)
+    precision: str | None = None
+    """What the rows so far were computed in; None before the first engine."""
 
     def as_entry(self) -> dict[str, Any]:
         """For the journal; `from_entry` reads it back."""
@@ -89,6 +91,7 @@ class State:
             "rejects": list(self.rejects),
             "seen": self.seen,
             "counts": asdict(self.counts),
+            "precision": self.precision,
         }
 
     @classmethod
@@ -100,6 +103,7 @@ class State:
             rejects=End(*entry["rejects"]),
             seen=entry["seen"],
             counts=Counts(**entry["counts"]),
+            precision=entry["precision"],
         )
 
 
@@ -280,7 +284,14 @@ class Writer:
         now = time.monotonic()
         counts.write_seconds += now - began
         counts.seconds = self._seconds_before + now - self._started
-        state = State(window.end, sink, rejects, self.state.seen + seen, counts)
+        state = replace(
+            self.state,
+            next_record=window.end,
+            sink=sink,
+            rejects=rejects,
+            seen=self.state.seen + seen,
+            counts=counts,
+        )
         if self._to.journal is not None:
             entry = state.as_entry()
             if self._to.sharded:

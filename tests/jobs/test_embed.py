@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gemb.errors import Exit, GembError, LockedError, MismatchError, Unavailable
 from gemb.files import Lock
 from gemb.jobs import embed as job
 from gemb.jobs.embed import EmbedRecipe
+from gemb.jobs.writing import Counts, State
 from gemb.report import Event, Report, ignore
 from gemb.vectors import open_vectors
 from tests.fakes import FakeEngine, expected, fake_folder, words
@@ -558,6 +560,58 @@ def test_another_model_is_a_mismatch(bench: Bench) -> None:
     assert bench.run(source, overwrite=True).data["rows"] == 40
 
 
+def in_precision(precision: str) -> Callable[[], FakeEngine]:
+    def engine() -> FakeEngine:
+        engine = FakeEngine(workers=2)
+        engine.precision = precision
+        return engine
+
+    return engine
+
+
+def test_a_machine_that_computes_in_another_precision_does_not_go_on(bench: Bench) -> None:
+    source = bench.write(rows_of(60))
+    bench.engine = in_precision("bf16")
+    assert bench.run(source, limit_rows=20).exit_code == Exit.MORE
+    bench.engine = in_precision("fp32")
+    work = bench.place / "docs.npy.partial"
+    with pytest.raises(MismatchError) as caught:
+        bench.run(source)
+    assert str(caught.value) == (
+        f"{work} holds rows computed in bf16, but here it would be fp32 (fake); "
+        f"pass --precision bf16, or remove {work} to start anew"
+    )
+    assert bench.engines[-1].closed
+    bench.engine = in_precision("bf16")
+    assert bench.run(source, precision="bf16").data["precision"] == "bf16"
+
+
+def test_a_finished_output_is_that_of_the_precision_it_was_computed_in(bench: Bench) -> None:
+    source = bench.write(rows_of(20))
+    bench.engine = in_precision("bf16")
+    bench.run(source)
+    for precision in ("auto", "bf16"):
+        assert bench.run(source, precision=precision).data["already_done"]
+    with pytest.raises(GembError, match="  precision was bf16, now fp32") as caught:
+        bench.run(source, precision="fp32")
+    assert caught.value.exit_code == Exit.MISMATCH
+
+
+def test_shards_in_different_precisions_are_not_joined(bench: Bench) -> None:
+    source = bench.write(rows_of(4096 + 10))
+    bench.engine = in_precision("bf16")
+    bench.run(source, shard="0/2")
+    bench.engine = in_precision("fp32")
+    bench.run(source, shard="1/2")
+    with pytest.raises(MismatchError) as caught:
+        bench.run(source, join=True)
+    first, second = (bench.place / f"docs.shard-0000{shard}-of-00002.npy" for shard in (0, 1))
+    assert str(caught.value) == (
+        f"{second} was computed in fp32, but {first} in bf16; "
+        "run --shard 1/2 again with --precision bf16 --overwrite"
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [({"dims": 4, "force": True}, "  dims was 8, now 4"), ({"as_": "query"}, "  prompt was none ('')")],
@@ -810,6 +864,16 @@ def test_the_record_tells_request_report_recipe_and_checksums(bench: Bench) -> N
     assert [entry["file"] for entry in record["files"]] == ["docs.ids.txt", "docs.npy"]
     assert record["recipe"]["kind"] == "embed"
     assert record["versions"].keys() == {"gemb", "torch", "tokenizers", "numpy"}
+
+
+def test_the_state_has_another_format_when_its_fields_change() -> None:
+    names = sorted(field.name for kind in (State, Counts) for field in fields(kind))
+    assert (State.FORMAT, " ".join(names)) == (
+        1,
+        "cache_hits chunked computed_texts computed_tokens counts duplicates empty_skipped long_skipped "
+        "lost_tokens next_record precision records rejected rejects rows seconds seen sink tokens truncated "
+        "write_seconds",
+    )
 
 
 def test_what_the_engine_remarks_is_reported(bench: Bench) -> None:
