@@ -53,6 +53,8 @@ FORMAT = 1
 """PRAGMA user_version; a gemb reads its own and older ones."""
 APPLICATION = 0x67656D62  # "gemb", what `file` and other programs know the file by
 BUSY_SECONDS = 30.0
+REST_SECONDS = 0.3
+"""How long a writer that is done tries to leave one file; readers that stay connected keep it from that."""
 KEYS_A_QUERY = 500  # below SQLite's classical limit of 999 parameters
 CACHE_KIB = 32_768
 _SCHEMA = """
@@ -72,7 +74,8 @@ CREATE TABLE documents (
 CREATE TABLE texts (key INTEGER PRIMARY KEY, spans TEXT NOT NULL, text TEXT NOT NULL);
 CREATE VIEW contents AS
     SELECT documents.key AS key, title, coalesce(text, '') AS text
-    FROM documents LEFT JOIN texts ON texts.key = documents.key;
+    FROM documents LEFT JOIN texts ON texts.key = documents.key
+    WHERE title != '' OR coalesce(text, '') != '';
 CREATE TABLE fields (
     name TEXT NOT NULL, type TEXT NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (name, type)
 );
@@ -261,7 +264,7 @@ class Catalogue:
 
     def close_writing(self) -> None:
         """Closes after writing and leaves one whole file; its `-wal` stays where a reader is in the way."""
-        deadline = time.monotonic() + 1.0
+        deadline = time.monotonic() + REST_SECONDS
         with contextlib.suppress(sqlite3.OperationalError):
             self._connection.execute("PRAGMA busy_timeout = 200")
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -530,8 +533,7 @@ class Catalogue:
             if words:  # FTS5 keeps no texts of its own: to forget a document it must be told its words
                 self._execute(
                     "INSERT INTO words (words, rowid, title, text) "
-                    f"SELECT 'delete', key, title, text FROM contents WHERE key IN {chosen} "
-                    "AND (title != '' OR text != '')",
+                    f"SELECT 'delete', key, title, text FROM contents WHERE key IN {chosen}",
                     part,
                 )
             self._execute(f"DELETE FROM texts WHERE key IN {chosen}", part)
@@ -717,6 +719,8 @@ def _journals(path: Path) -> list[Path]:
 
 def _explain(error: sqlite3.Error, folder: Path) -> NoReturn:
     """Raises what a failed statement means to a user."""
+    if isinstance(error, sqlite3.ProgrammingError):
+        raise error  # our bug
     path = folder / DATABASE
     code = getattr(error, "sqlite_errorcode", None)
     match None if code is None else code & 0xFF:
