@@ -78,7 +78,12 @@ class PackedEncoder:
 
     def _run(self, ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> tuple[Tensor, Layout]:
         """States of all tokens, filling ones included, before the projection; and how they lie."""
-        layout = Layout.of(lengths, least_rows=self.kernels.least_rows, device=self.kernels.device)
+        layout = Layout.of(
+            lengths,
+            least_rows=self.kernels.least_rows,
+            row_step=self.kernels.row_step,
+            device=self.kernels.device,
+        )
         tokens = torch.from_numpy(ids).to(self.kernels.device).long()
         if layout.filled > layout.tokens:
             tokens = F.pad(tokens, (0, layout.filled - layout.tokens))

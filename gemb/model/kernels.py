@@ -149,6 +149,11 @@ def _row_limits(dtype: torch.dtype, inputs: int) -> tuple[int, int]:
     return (64, 160) if inputs <= 3072 else (64, 64)
 
 
+ROW_STEP = 8
+"""What the rows of a batch are a multiple of.
+
+oneDNN makes code for every number of rows of a product and keeps it, 1,024 times some 100 KiB.
+"""
 PIECE_ROWS = 240
 """Rows of a piece in bf16: within the limits of most products, and small enough for the second-level cache.
 
@@ -173,10 +178,16 @@ class Kernels:
         """Rows that a product has at least; a smaller batch is filled once, at its end."""
         return 1 if self.device != "cpu" else 16 if self.dtype == torch.float32 else 64
 
+    @property
+    def row_step(self) -> int:
+        """What the rows of a batch are a multiple of."""
+        return ROW_STEP if self.packs else 1
+
     def pieces(self, rows: int) -> list[slice]:
         """Even parts of `rows` that a layer goes through one by one; all at once where that is faster."""
         count = -(-rows // PIECE_ROWS) if self.device == "cpu" and self.dtype == torch.bfloat16 else 1
-        edges = [rows * part // count for part in range(count + 1)]
+        steps = -(-rows // self.row_step)
+        edges = [min(rows, steps * part // count * self.row_step) for part in range(count + 1)]
         return [slice(first, last) for first, last in pairwise(edges)]
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:

@@ -36,7 +36,7 @@ class Layout:
     tokens: int
     """T, without the filling tokens at the end."""
     filled: int
-    """Rows computed: T, or the smallest number of rows that the kernels take."""
+    """Rows computed: T, and what the kernels want filled up."""
     rows: int
     """B."""
     longest: int
@@ -48,8 +48,13 @@ class Layout:
     """What layers of this batch share, made at first use: turns, masks."""
 
     @classmethod
-    def of(cls, lengths: NDArray[np.int32], *, least_rows: int = 1, device: str = "cpu") -> "Layout":
-        """The layout of texts with these token counts, in order; equal neighbours form a group."""
+    def of(
+        cls, lengths: NDArray[np.int32], *, least_rows: int = 1, row_step: int = 1, device: str = "cpu"
+    ) -> "Layout":
+        """The layout of texts with these token counts, in order; equal neighbours form a group.
+
+        Filling rows at the end make the rows a multiple of `row_step`, and `least_rows` at least.
+        """
         starts = np.zeros(len(lengths) + 1, dtype=np.int32)
         np.cumsum(lengths, out=starts[1:])
         tokens = int(starts[-1])
@@ -60,7 +65,7 @@ class Layout:
             Group(int(starts[first]), int(first), int(last - first), int(lengths[first]))
             for first, last in zip(firsts, lasts, strict=True)
         )
-        filled = max(tokens, least_rows)
+        filled = max(-(-tokens // row_step) * row_step, least_rows)
         positions = np.zeros(filled, dtype=np.int64)
         positions[:tokens] = np.arange(tokens) - np.repeat(starts[:-1], lengths)
         longest = int(lengths.max()) if len(lengths) else 0
