@@ -230,7 +230,7 @@ class Index:
     def export(self, where: Condition | None = None, *, block: int = 1024) -> Iterator[Exported]:
         """Every document with its vectors, in blocks, in the order they were indexed; all one generation.
 
-        A writer can work meanwhile, but not end cleanly until the last block is taken.
+        A writer that is at work goes on meanwhile; one that begins waits for the last block to be taken.
         """
         with self._looking() as view:
             keys = self._keys_where(where)

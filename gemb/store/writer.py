@@ -472,7 +472,8 @@ class Writer:
         entries = self._catalogue.segments()
         group = entries[-1:]
         for entry in reversed(entries[:-1]):
-            if entry.record.has_graph or entry.record.rows >= MERGE_FACTOR * _rows(group):
+            is_large = entry.record.rows >= MERGE_FACTOR * _rows(group)
+            if entry.record.has_graph or is_large or _rows([entry, *group]) > self._largest_segment():
                 break
             group.insert(0, entry)
         if len(group) >= MERGE_FACTOR and not group[-1].record.has_graph:
