@@ -116,15 +116,17 @@ class Pace:
 
     def __init__(self, seconds: float = WINDOW_SECONDS) -> None:
         self._seconds = min(seconds, WINDOW_SECONDS)
-        self._last = FIRST_CHARACTERS / GROWTH
+        self._last = float(FIRST_CHARACTERS)
         self._work = self._work_seconds = 0.0  # of the last windows, each counting half of the next one
         self._finished_at = 0.0
 
     def next(self) -> float:
         """Characters of the window that is begun now."""
-        self._last *= GROWTH
+        # Windows are read ahead of what is computed: growing before the first of them is measured would
+        # give a slow model minutes of work that a kill, or --max-seconds, cannot divide.
         if self._work_seconds:
-            self._last = min(self._last, max(1.0, self._work / self._work_seconds * self._seconds))
+            measured = max(1.0, self._work / self._work_seconds * self._seconds)
+            self._last = min(self._last * GROWTH, measured)
         return self._last
 
     def finished(self, window: Window) -> None:
