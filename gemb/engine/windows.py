@@ -218,6 +218,9 @@ class Windows:
                 if run.records:
                     yield run
                     run = _Run(self._pace.next())
+                if self._is_late():
+                    self.more = True  # for all that is known
+                    break
                 continue
             self.read = item.index + 1
             if rules.shard and not in_shard(item.index, rules.shard):
@@ -248,8 +251,10 @@ class Windows:
         self.ended = True
 
     def _limit_is_reached(self) -> bool:
-        limit, deadline = self._rules.limit_records, self._rules.deadline
-        return self._taken == limit or (deadline is not None and time.monotonic() >= deadline)
+        return self._taken == self._rules.limit_records or self._is_late()
+
+    def _is_late(self) -> bool:
+        return self._rules.deadline is not None and time.monotonic() >= self._rules.deadline
 
     def _refused(self, source: str, line: int, index: int, id_: str | None, reason: str) -> Refusal:
         refusal = Refusal(source, line, index, id_, reason)

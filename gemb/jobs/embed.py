@@ -111,7 +111,12 @@ class EmbedRecipe(ComputeRecipe):
 
 
 def plan(recipe: EmbedRecipe, *, open_engine: OpenEngine | None = None) -> Plan:
-    """What `run` would do, for --dry-run: rows, tokens, sizes, device and time. Writes nothing."""
+    """What `run` would do, for --dry-run: rows, tokens, sizes, device and time. Writes nothing.
+
+    Raises GembError as `run` does before its model is loaded, and for a join, which has nothing to plan.
+    """
+    if recipe.join:
+        raise GembError("--join computes nothing that could be planned; leave out --dry-run, or --join")
     return make_plan(prepare(recipe), open_engine or open_torch_engine)
 
 
@@ -135,7 +140,7 @@ def run(
         from gemb.jobs.joining import join
 
         return join(recipe, watch, overwrite=overwrite)
-    with Interrupts("interrupted before the first row; nothing is written, nothing is lost") as interrupts:
+    with Interrupts("interrupted before any row of this run; nothing is lost") as interrupts:
         with interrupts.at_once():
             setup = prepare(recipe, announce=watch.note)
         job = Run(setup, watch, interrupts, open_engine or open_torch_engine)

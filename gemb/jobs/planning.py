@@ -49,7 +49,9 @@ def make_plan(setup: Setup, open_engine: OpenEngine) -> Plan:
         tokens_a_row, tokens_a_second = _sampled(setup, engine, sample)
     finally:
         engine.close()
-    rows = (records - refused) // (setup.shard[1] if setup.shard else 1)
+    rows = -(-(records - refused) // (setup.shard[1] if setup.shard else 1))
+    if recipe.limit_rows is not None and rows > recipe.limit_rows:
+        rows, complete = recipe.limit_rows, True
     layout = setup.layout(any_ranges(setup.dims) if recipe.dtype == "int8" else None)
     needed = estimated_bytes(setup.output, layout, rows)
     free = None if setup.is_stream else free_bytes(setup.output)

@@ -64,7 +64,7 @@ class Run:
             sink = RowSink(STDOUT, Path(), setup.layout, None, dims=setup.dims, int8=False)
             rejects = Rejects(None, Path(), State().rejects, self._watch.note)
             state, _, more = self._embed(sink, rejects, None, seen, State())
-            if state.counts.records == 0:
+            if state.counts.records == 0 and not more:
                 raise GembError(f"{self._names()}: no rows")
             self._limits_at_end(state.counts, "above")
             return self._report(state, more=more)
@@ -267,7 +267,7 @@ class Run:
         state = replace(state, precision=engine.precision)
         self._device_line = engine.device_line
         self._notes += engine.notes
-        self._watch.begin(state.counts, setup.inputs)
+        self._watch.begin(state.counts, setup.inputs, setup.shard[1] if setup.shard else 1)
         destination = Destination(
             sink,
             rejects,
@@ -322,7 +322,7 @@ class Run:
         seen.keep_before(0)
         setup = self._setup
         records = takewhile(
-            lambda record: record.index < state.next_record,
+            lambda record: record.index < state.next_record and not self._interrupts.stop.is_set(),
             (
                 record
                 for record in read_records(setup.inputs, setup.read_options(0))

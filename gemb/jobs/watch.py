@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 from gemb.jobs.writing import Counts
 from gemb.report import Event, OnProgress
@@ -24,12 +25,16 @@ class Watch:
         self._texts = self._texts_written = 0
         self._tokens = 0
 
-    def begin(self, counts: Counts, inputs: Sequence[InputFile]) -> None:
-        """Start from what earlier runs did; the inputs are counted meanwhile, where that is cheap."""
+    def begin(self, counts: Counts, inputs: Sequence[InputFile], shards: int = 1) -> None:
+        """Start from what earlier runs did; the inputs are counted meanwhile, where that is cheap.
+
+        Of `shards` that divide the input, this job does one.
+        """
         self._records = counts.records
         self._texts = self._texts_written = counts.computed_texts
         if all(_has_a_record_a_line(file) for file in inputs):
-            threading.Thread(target=self._count, args=(inputs,), name="gemb-counter", daemon=True).start()
+            arguments = (inputs, shards)
+            threading.Thread(target=self._count, args=arguments, name="gemb-counter", daemon=True).start()
         self._show()
 
     def computed(self, texts: int, tokens: int) -> None:
@@ -58,19 +63,23 @@ class Watch:
             event = Event(STAGE, done, self._total, tokens=self._tokens, note=note)
         self._on_progress(event)
 
-    def _count(self, inputs: Sequence[InputFile]) -> None:
-        """Count the records by their line ends; blank lines count too, so it may be a few too many."""
-        total = 0
-        for file in inputs:
-            if file.path is None:
-                return
-            last = b"\n"
-            with file.path.open("rb", buffering=0) as stream:
-                while block := stream.read(BLOCK_BYTES):
-                    total += block.count(b"\n")
-                    last = block[-1:]
-            total += last != b"\n"
-        self._total = total
+    def _count(self, inputs: Sequence[InputFile], shards: int) -> None:
+        try:
+            lines = sum(_lines_in(file.path) for file in inputs if file.path is not None)
+        except OSError:
+            return  # the job itself tells of a file that cannot be read; there is only no total
+        self._total = -(-lines // shards)
+
+
+def _lines_in(path: Path) -> int:
+    """The lines of a file, each a record unless it is blank, so that it may be a few too many."""
+    lines = 0
+    last = b"\n"
+    with path.open("rb", buffering=0) as stream:
+        while block := stream.read(BLOCK_BYTES):
+            lines += block.count(b"\n")
+            last = block[-1:]
+    return lines + (last != b"\n")
 
 
 def _has_a_record_a_line(file: InputFile) -> bool:

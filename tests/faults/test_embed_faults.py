@@ -195,7 +195,7 @@ def test_a_signal_while_the_model_loads_ends_the_job_at_once(place: Place) -> No
     assert process.returncode == 130
     assert err.decode().splitlines() == [
         "chatter of a library",
-        "gemb: interrupted before the first row; nothing is written, nothing is lost",
+        "gemb: interrupted before any row of this run; nothing is lost",
     ]
 
 
@@ -222,6 +222,16 @@ def test_rows_come_out_of_a_slow_pipe_as_they_go_in(place: Place) -> None:
     process.stdin.close()
     assert process.stdout.read() == b""
     assert process.wait(timeout=30) == 0
+
+
+def test_a_limit_of_seconds_ends_a_reader_of_a_pipe_that_gives_nothing_more(place: Place) -> None:
+    process = place.start("-", "-o", "-", "--max-seconds", "1", stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"w1\n")
+    process.stdin.flush()  # and it stays open
+    assert process.wait(timeout=30) == 4
+    assert json.loads(process.stdout.read())["id"] == "1"
 
 
 def test_an_interrupted_reader_of_a_pipe_ends_and_says_that_nothing_is_kept(place: Place) -> None:

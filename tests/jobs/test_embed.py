@@ -829,6 +829,18 @@ def test_a_plan_counts_measures_and_writes_nothing(bench: Bench) -> None:
     assert all(engine.closed for engine in bench.engines)
 
 
+def test_a_plan_goes_as_far_as_the_limit(bench: Bench) -> None:
+    recipe = bench.recipe(bench.write(rows_of(30)), limit_rows=20)
+    assert job.plan(recipe, open_engine=bench.open_engine).data["rows"] == 20
+
+
+def test_a_join_has_no_plan(bench: Bench) -> None:
+    with pytest.raises(
+        GembError, match=r"^--join computes nothing that could be planned; leave out --dry-run"
+    ):
+        job.plan(bench.recipe("docs.jsonl", join=True))
+
+
 def test_a_plan_of_a_pipe_knows_no_rows(bench: Bench) -> None:
     plan = job.plan(bench.recipe("-", "-"), open_engine=bench.open_engine)
     assert dict(plan.rows)["rows"] == "unknown, the input is a pipe"
@@ -845,6 +857,13 @@ def test_progress_counts_up_to_the_total(bench: Bench) -> None:
     assert done[-1] == 60
     assert {event.stage for event in bench.events} == {"embedding"}
     assert bench.events[-1].tokens == sum(len(numbers_of(row)) + 2 for row in range(60))
+
+
+def test_progress_of_a_shard_counts_up_to_its_part(bench: Bench) -> None:
+    bench.engine = lambda: FakeEngine(workers=2, seconds_per_token=0.0001)
+    bench.run(bench.write(rows_of(2 * 4096)), shard="1/2")
+    last = bench.events[-1]
+    assert (last.done, last.total) == (4096, 4096)
 
 
 def test_out_of_memory_is_a_note_and_nothing_is_lost(bench: Bench) -> None:
