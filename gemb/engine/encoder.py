@@ -105,7 +105,7 @@ class Encoder:
         """
         if isinstance(texts, str):
             raise TypeError("texts is one string; pass a list of strings")
-        width = dims or self.folder.truncate_dims or self.dims
+        width = dims if dims is not None else self.folder.truncate_dims or self.dims
         if not 1 <= width <= self.dims:
             raise GembError(f"dims is {dims}, but the model gives {self.dims}")
         template = self._prompts.template(as_)
@@ -121,6 +121,9 @@ class Encoder:
         include = self.folder.pooling.include_prompt
         skipped = 0 if include else self._tokeniser.prompt_tokens(template.prefix)
         encoded = self._tokeniser.encode(rendered, prompt_tokens=skipped)
+        if not encoded.lengths.all():
+            number = int(np.argmin(encoded.lengths))
+            raise GembError(f"text {number} gives no vector: the tokenizer finds no token in it")
         vectors = np.empty((len(texts), self.dims), dtype=np.float32)
         for batch, result in run_batches(self._engine, token_batches(encoded, self._engine.batch_tokens)):
             if isinstance(result, BatchFailure):

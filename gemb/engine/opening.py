@@ -56,6 +56,9 @@ def open_here(
 @contextmanager
 def stdout_guarded() -> Iterator[None]:
     """While a model loads, what libraries write to file descriptor 1 goes to stderr: stdout is data."""
+    if sys.stdout is None or sys.stderr is None:  # closed by whoever started the program: nothing to guard
+        yield
+        return
     sys.stdout.flush()
     kept = os.dup(1)
     try:
