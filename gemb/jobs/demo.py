@@ -17,7 +17,7 @@ from typing import TypeAlias
 import orjson
 
 from gemb.errors import GembError, UnavailableError
-from gemb.files import atomic_write
+from gemb.files import atomic_write, os_errors_explained
 from gemb.jobs import index, search
 from gemb.report import Event, OnProgress, Report, Table, ignore
 
@@ -138,7 +138,8 @@ def _write(target: Path, everything: bool, on_progress: OnProgress) -> int:
         return len(lines)
     if target.exists() and not target.is_file():
         raise GembError(f"{target} is in the way; it is not a file")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with os_errors_explained(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as file:
         file.write(content)
     return len(lines)

@@ -127,7 +127,13 @@ def run(
             return embedded
         if (folder / RECORD).exists() and _is_whole(folder):
             done = f"{folder}: already done; nothing has changed"
-            return Report(title=done, rows=_rows(embedded), data=embedded.data, outputs=[folder])
+            return Report(
+                title=done,
+                rows=_rows(embedded),
+                data=embedded.data,
+                outputs=[folder],
+                exit_code=embedded.exit_code,
+            )
         _write_documents(recipe, folder, on_progress)
         made = read_json(folder / VECTORS / RECORD)
         record = {

@@ -5,11 +5,8 @@ fingerprint, and not again while they stay as they are.
 """
 
 from pathlib import Path
-from typing import Any
 
-import orjson
-
-from gemb.errors import GembError, UnavailableError
+from gemb.files import read_json, readable_bytes
 from gemb.model.attention import describe, is_bidirectional, reach_of_layers
 from gemb.model.folder import DenseSettings, ModelFolder, fingerprint, read_folder
 from gemb.model.hub import find_model
@@ -83,7 +80,7 @@ def _model(folder: ModelFolder, asked: str | None, would_run: dict[str, str]) ->
             "parameters",
             f"{total:,} ({total - table:,} without the embedding table), {folder.weights().dtype}",
         ),
-        ("size on disk", _size(size)),
+        ("size on disk", readable_bytes(size)),
         ("dims", _dims(folder)),
         ("max length", f"{folder.max_tokens:,} tokens ({folder.max_tokens_reason})"),
         ("attention", "unknown for this family" if layers is None else describe(layers)),
@@ -212,10 +209,11 @@ def _loads_in(folder: ModelFolder) -> str:
 
 
 def _vectors(path: Path) -> Report:
+    from gemb.jobs.record import record_path
     from gemb.vectors import open_vectors
 
-    sidecar = path / "gemb.json" if path.is_dir() else path.with_name(f"{path.name}.gemb.json")
-    made = _read_made(sidecar)
+    record = record_path(path)
+    made = read_json(record) if record.exists() else {}
     with open_vectors(path, verify=False) as vectors:
         some = vectors.ids(0, min(3, vectors.rows))
         rows = [
@@ -240,28 +238,5 @@ def _vectors(path: Path) -> Report:
     if isinstance(request.get("prompt"), dict):
         rows.append(("prompt", f"{request['prompt'].get('name')}: {request['prompt'].get('text')!r}"))
     if not made:
-        rows.append(("model", f"unknown: there is no {sidecar.name}"))
+        rows.append(("model", f"unknown: there is no {record.name}"))
     return Report(title=title, rows=rows, data=data)
-
-
-def _read_made(sidecar: Path) -> dict[str, Any]:
-    """What the run that wrote the vectors said of itself; {} if it left nothing."""
-    try:
-        made = orjson.loads(sidecar.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except orjson.JSONDecodeError as error:
-        raise UnavailableError(f"{sidecar}:{error.lineno}: not JSON ({error.msg})") from None
-    except OSError as error:
-        raise UnavailableError(f"{sidecar} cannot be read: {error.strerror}") from None
-    if not isinstance(made, dict):
-        raise GembError(f"{sidecar}: not a JSON object")
-    return made
-
-
-def _size(size_bytes: int) -> str:
-    """A size for people, in decimal units."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size_bytes >= factor:
-            return f"{size_bytes / factor:.1f} {unit}"
-    return f"{size_bytes} bytes"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from gemb.errors import GembError
+from gemb.files import atomic_write
 from gemb.recipe import shipped_recipes
 from gemb.recipe.problems import did_you_mean
 from gemb.report import Report, Table
@@ -28,14 +29,11 @@ def copy_recipe(name: str, output: Path | None, *, overwrite: bool = False) -> R
     if name not in found:
         hint = did_you_mean(name, list(found), listing="the recipes are")
         raise GembError(f"no recipe {name}{hint}")
-    target = Path(name).with_suffix(".yaml").name if output is None else output
-    target = Path(target)
+    target = output or Path(Path(name).with_suffix(".yaml").name)
     if target.exists() and not overwrite:
         raise GembError(f"{target} exists; pass --overwrite to replace it, or -o to write elsewhere")
-    try:
-        target.write_text(found[name].text, encoding="utf-8")
-    except OSError as problem:
-        raise GembError(f"{target}: cannot be written: {(problem.strerror or '').lower()}") from problem
+    with atomic_write(target) as file:
+        file.write(found[name].text.encode())
     return Report(
         title=f"copied recipe {name} to {target}",
         data={"name": name, "output": str(target)},

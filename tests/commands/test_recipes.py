@@ -72,4 +72,6 @@ def test_copy_of_no_such_recipe_names_the_one_that_was_meant(gemb: Callable[...,
 @pytest.mark.usefixtures("ours")
 def test_copy_into_a_folder_that_is_not_there_is_one_message(gemb: Callable[..., Finished]) -> None:
     done = gemb("recipes", "copy", "quick", "-o", "no/such/mine.yaml")
-    assert done == Finished(2, "", "gemb: no/such/mine.yaml: cannot be written: no such file or directory\n")
+    assert done == Finished(
+        2, "", "gemb: cannot write no/such/mine.yaml: no such file or folder; check the path\n"
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gemb.errors import UnavailableError
+from gemb.errors import GembError, UnavailableError
 from gemb.jobs import demo
 from gemb.jobs.demo import Docstring, docstrings
 from gemb.report import Report
@@ -109,6 +109,13 @@ def test_a_python_without_sources_is_told(tmp_path: Path, monkeypatch: pytest.Mo
     assert str(caught.value) == (
         f"there are no Python sources in {tmp_path}; run the demo with another Python"
     )
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "DOCUMENTS", 1)
+    (tmp_path / "file").touch()
+    with pytest.raises(GembError, match=rf"^cannot write {tmp_path}/file/demo: a part of the path is a file"):
+        demo.run(tmp_path / "file/demo")
 
 
 @pytest.mark.slow
