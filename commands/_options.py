@@ -84,7 +84,7 @@ VerboseOption = Annotated[
         "-v",
         count=True,
         show_default=False,
-        help="Say more; with --json, progress as JSON on stderr.",
+        help="With --json: progress as JSON lines on stderr.",
     ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
