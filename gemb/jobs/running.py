@@ -25,7 +25,7 @@ from gemb.jobs.calibration import RowSink
 from gemb.jobs.interrupts import Interrupts
 from gemb.jobs.record import done_already, keep_record, record_path, versions
 from gemb.jobs.reporting import make_report
-from gemb.jobs.request import Request, other_version, refuse
+from gemb.jobs.request import InputIdentity, Request, other_version, refuse
 from gemb.jobs.seen import SeenIds
 from gemb.jobs.setup import STDOUT, OpenEngine, Setup, any_ranges
 from gemb.jobs.watch import Watch
@@ -112,6 +112,7 @@ class Run:
                 if state.counts.rows == 0 and setup.shard is None:
                     raise self._no_rows(state.counts)
                 self._limits_at_end(state.counts, str(setup.rejects_file))
+                self._check_unchanged(request)
                 state = replace(state, sink=sink.settle())
                 journal.append({**state.as_entry(), "read": read, "complete": True})
             table = self._block_table(request, journal)
@@ -336,6 +337,22 @@ class Run:
                 [f"{record.source}:{record.line}" for record in some],
             )
         return replace(state, seen=seen.keep_before(state.next_record))
+
+    def _check_unchanged(self, request: Request) -> None:
+        """Raises GembError if an input is no longer what it was when the job began."""
+        files = [file for file in self._setup.inputs if not file.is_stream]
+        for file, before in zip(files, request.inputs, strict=True):
+            if file.path is None or not file.path.is_file():
+                continue  # a folder, or removed after it was read
+            with os_errors_explained(file.path, "read"):
+                status = file.path.stat()
+                present = replace(file, size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
+                now = InputIdentity.of(present, (before,))
+            if (now.bytes, now.digest) != (before.bytes, before.digest):
+                raise GembError(
+                    f"{file.name} changed while it was read; "
+                    "once it is at rest, pass --overwrite to start anew"
+                )
 
     def _block_table(self, request: Request, journal: Journal) -> BlockTable | None:
         """The rows that each block of a shard became, from the whole journal; None if this is no shard."""

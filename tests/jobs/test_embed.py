@@ -635,6 +635,25 @@ def test_a_changed_input_is_refused(bench: Bench) -> None:
     assert caught.value.exit_code == Exit.USAGE
 
 
+@pytest.mark.parametrize("appended", ["", '{"id": "late", "text": "w1"}\n'])
+def test_an_input_that_changes_while_it_is_read_gives_no_output(bench: Bench, appended: str) -> None:
+    source = bench.write(rows_of(40))
+
+    def append(ids: NDArray[np.int32]) -> None:
+        if ids[1] == 4 + 39 and b"late" not in source.read_bytes():  # the last row
+            source.write_text(source.read_text() + appended)  # touched only, where that is nothing
+
+    bench.engine = lambda: FakeEngine(fails=append)
+    if not appended:
+        assert bench.run(source).exit_code == Exit.DONE
+        return
+    with pytest.raises(GembError, match=rf"^{source} changed while it was read; once it is at rest"):
+        bench.run(source)
+    assert not (bench.place / "docs.npy").exists()
+    bench.engine = FakeEngine
+    assert bench.run(source, overwrite=True).exit_code == Exit.DONE
+
+
 def test_an_output_of_another_program_is_not_replaced(bench: Bench) -> None:
     np.save(bench.place / "docs.npy", np.zeros((2, 2)))
     with pytest.raises(GembError) as caught:
