@@ -452,7 +452,7 @@ def test_a_damaged_database_is_told_as_such(index: Path) -> None:
 
 
 def test_damaged_segment_files_are_not_copied_into_a_new_segment(index: Path) -> None:
-    path = next(index.rglob("vectors.f16"))
+    path = max(index.rglob("vectors.f16"), key=lambda file: file.stat().st_size)
     content = bytearray(path.read_bytes())
     content[100] ^= 4
     path.write_bytes(content)
