@@ -8,15 +8,17 @@ import typer
 from ._options import JsonOption, OverwriteOption, QuietOption
 from ._show import show
 
-app = typer.Typer(name="recipes", no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+app = typer.Typer(name="recipes", rich_markup_mode=None, add_completion=False)
 
 
-@app.callback()
-def recipes() -> None:
+@app.callback(invoke_without_command=True)
+def recipes(context: typer.Context) -> None:
     """List the recipes of gemb, or copy one to change it.
 
-    Example: gemb recipes list
+    Example: gemb recipes
     """
+    if context.invoked_subcommand is None:
+        list_()
 
 
 @app.command("list")

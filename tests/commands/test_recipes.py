@@ -34,6 +34,11 @@ def test_list_shows_name_and_summary_on_stdout(gemb: Callable[..., Finished]) ->
     ]
 
 
+@pytest.mark.usefixtures("ours")
+def test_without_a_subcommand_it_lists(gemb: Callable[..., Finished]) -> None:
+    assert gemb("recipes") == gemb("recipes", "list")
+
+
 def test_list_works_without_any_recipe(
     gemb: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
 ) -> None:
