@@ -229,6 +229,8 @@ class _Rows:
         name = self.file.name
 
         id_field, text_field, title_field = layout
+        if id_field is None and self.options.id_field:
+            return Reject(name, line, index, None, self._no_field(self.options.id_field, row))
         if id_field is None:
             identifier = f"{self._line_id_prefix}{line}"
         else:
@@ -244,7 +246,7 @@ class _Rows:
                 return Reject(name, line, index, None, f'"{id_field}" is empty')
 
         if text_field is None:
-            return Reject(name, line, index, identifier, self._no_text(row))
+            return Reject(name, line, index, identifier, self._no_field(self._text_fields[0], row))
         text = row[text_field]
         if type(text) is not str:
             # A line of an OpenAI batch file: {"custom_id": ..., "body": {"input": ...}}.
@@ -287,8 +289,8 @@ class _Rows:
         self.position.index = index + 1
         return Reject(source or self.file.name, line, index, identifier, reason)
 
-    def _no_text(self, row: dict[str, object]) -> str:
-        return f'no "{self._text_fields[0]}"; this line has {_few(row) if row else "no fields"}'
+    def _no_field(self, field: str, row: dict[str, object]) -> str:
+        return f'no "{field}"; this line has {_few(row) if row else "no fields"}'
 
     def check_columns(self, columns: Sequence[str]) -> _Layout:
         """The layout of a file with a header; GembError for a column that is missing or there twice."""

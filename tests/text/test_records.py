@@ -304,7 +304,8 @@ def test_a_markdown_file_is_one_document() -> None:
         (b'\xef\xbb\xbf\n \t{"id": "i", "text": "t"}\n', [("i", "t")]),
         (b"plain\n", [("1", "plain")]),
         (b"[1] a list?\n", [("1", "[1] a list?")]),
-        (gzip.compress(b'{"id": "i", "text": "t"}\n'), [("i", "t")]),
+        # mtime: else its bytes, and with them the name of the test, change from second to second.
+        (gzip.compress(b'{"id": "i", "text": "t"}\n', mtime=0), [("i", "t")]),
         (zstandard.compress(b"plain\n"), [("1", "plain")]),
         (b"", []),
     ],
@@ -473,6 +474,14 @@ def test_a_field_that_no_row_has_is_told_after_the_last_row() -> None:
     with pytest.raises(GembError) as caught:
         next(rows)
     assert str(caught.value) == 'a.jsonl: no row has "head" and "summary"; the rows have id, text'
+
+
+def test_a_row_without_the_id_field_that_was_named_is_refused_and_gets_no_number_for_an_id() -> None:
+    write("a.jsonl", '{"key": "i", "text": "t"}\n{"text": "t"}\n')
+    first, second = read_records(resolve_inputs(["a.jsonl"]), ReadOptions(id_field="key"))
+    assert isinstance(first, Record)
+    assert first.id == "i"
+    assert reasons([second]) == ['a.jsonl:2: no "key"; this line has text']
 
 
 def test_a_damaged_parquet_file_says_after_which_row() -> None:
