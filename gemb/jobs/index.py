@@ -20,6 +20,7 @@ from pydantic import Field
 from gemb.errors import Exit, GembError, UnavailableError
 from gemb.files import Lock, atomic_write, file_digest, os_errors_explained, read_json, write_json
 from gemb.jobs import embed
+from gemb.jobs.reporting import ON_LONG_HINT
 from gemb.model.hub import DEFAULT_MODEL
 from gemb.recipe import ComputeRecipe, RecipeInput, RecipePath, resolved
 from gemb.report import Event, OnProgress, Report, ignore
@@ -172,6 +173,11 @@ def open_index(path: Path) -> Index:
         )
     record = read_json(path / RECORD)
     if record.get("format") != FORMAT:
+        if (path / MANIFEST).is_file():
+            raise GembError(
+                f"{path} holds vectors of gemb embed and no texts; "
+                "make an index with gemb index INPUT -o NAME.gemb"
+            )
         raise GembError(f"{path / RECORD} is not {FORMAT!r}; it was not written by gemb, or by a newer one")
     with os_errors_explained(path, "read"):
         if not (path / DOCUMENTS).is_file():
@@ -241,7 +247,8 @@ def _embed_recipe(recipe: IndexRecipe) -> embed.EmbedRecipe:
 
 def _rows(embedded: Report) -> list[tuple[str, str]]:
     """What the embedding has to say to people; its files are parts of the index and no use alone."""
-    return [row for row in embedded.rows if row[0] != "files"]
+    # gemb index has no --on-long to point at.
+    return [(label, text.removesuffix(ON_LONG_HINT)) for label, text in embedded.rows if label != "files"]
 
 
 def _model_name(recipe: IndexRecipe) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from gemb.vectors.layout import estimated_bytes, output_files
 SAMPLE_RECORDS = 2000
 COUNT_SECONDS = 20.0  # records are counted for so long at most
 COMPUTE_SECONDS = 2.0
+SHOWN_INPUTS = 4
 
 
 def make_plan(setup: Setup, open_engine: OpenEngine) -> Plan:
@@ -29,6 +31,7 @@ def make_plan(setup: Setup, open_engine: OpenEngine) -> Plan:
     recipe = setup.recipe
     sample: list[Record] = []
     records = refused = 0
+    first_refused = ""
     stop_at = time.monotonic() + COUNT_SECONDS
     complete = not setup.reads_pipe
     if not setup.reads_pipe:
@@ -36,6 +39,7 @@ def make_plan(setup: Setup, open_engine: OpenEngine) -> Plan:
             records += 1
             if not isinstance(item, Record):
                 refused += 1
+                first_refused = first_refused or f"{item.source}:{item.line}: {item.reason}"
             elif len(sample) < SAMPLE_RECORDS:
                 sample.append(item)
             if records % 10_000 == 0 and time.monotonic() > stop_at:
@@ -60,14 +64,15 @@ def make_plan(setup: Setup, open_engine: OpenEngine) -> Plan:
     seconds = tokens / tokens_a_second if tokens_a_second else None
     where = "stdout" if setup.is_stream else str(setup.output)
     shown = [
-        ("input", ", ".join(file.name for file in setup.inputs)),
+        ("input", _shown_inputs([file.name for file in setup.inputs])),
         ("rows", "unknown, the input is a pipe" if setup.reads_pipe else f"{about}{rows:,}"),
         ("model", shown_model(setup)),
         ("prompt", shown_prompt(setup.template)),
         ("device", engine.device_line),
     ]
     if refused:
-        shown.insert(2, ("refused", f"{refused:,} rows cannot be read; see --on-error"))
+        reasons = f"{refused:,} rows cannot be read; see --on-error\nthe first is {first_refused}"
+        shown.insert(2, ("refused", reasons))
     if sample:
         shown += [
             ("tokens", f"about {tokens:,.0f}, at most {setup.tokeniser.max_tokens:,} a row"),
@@ -81,6 +86,7 @@ def make_plan(setup: Setup, open_engine: OpenEngine) -> Plan:
         "rows": None if setup.reads_pipe else rows,
         "rows_complete": complete,
         "refused": refused,
+        "first_refused": first_refused or None,
         "tokens": round(tokens),
         "seconds": None if seconds is None else round(seconds, 3),
         "tokens_per_second": round(tokens_a_second, 3),
@@ -96,6 +102,13 @@ def make_plan(setup: Setup, open_engine: OpenEngine) -> Plan:
     }
     outputs = [] if setup.is_stream else output_files(setup.output, layout)
     return Plan(title=f"would embed {about}{rows:,} rows to {where}", rows=shown, data=data, outputs=outputs)
+
+
+def _shown_inputs(names: Sequence[str]) -> str:
+    """All the names if they are few, else how many they are, with the first and the last."""
+    if len(names) <= SHOWN_INPUTS:
+        return ", ".join(names)
+    return f"{len(names):,} files, from {names[0]} to {names[-1]}"
 
 
 def _sampled(setup: Setup, engine: Engine, sample: list[Record]) -> tuple[float, float]:

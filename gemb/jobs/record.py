@@ -61,7 +61,10 @@ def done_already(
         return None
     path = record_path(output)
     if not path.exists() or request_for is None:
-        raise GembError(f"{there[-1]} exists; pass --overwrite to replace it, or choose another output")
+        needed = "" if there[-1] == output else f", which {output} would write,"
+        raise GembError(
+            f"{there[-1]}{needed} exists; pass --overwrite to replace it, or choose another output"
+        )
     kept = read_json(path)
     made = Request.from_json(kept.get("request"), path)
     wanted = request_for(made.inputs)

@@ -15,6 +15,8 @@ from gemb.report.progress import duration
 from gemb.text.prompts import Template
 from gemb.vectors.layout import OutputFile
 
+ON_LONG_HINT = "; see --on-long"
+
 
 def make_report(
     setup: Setup,
@@ -96,11 +98,12 @@ def _remarkable(setup: Setup, counts: Counts, before: Counts) -> list[tuple[str,
         shown.append(("resumed", f"after {before.rows:,} rows of earlier runs"))
     if counts.truncated:
         share = counts.truncated / max(1, counts.rows)
+        about = "at least " if counts.lost_more else ""
         shown.append(
             (
                 "cut",
                 f"{counts.truncated:,} rows ({share:.1%}) were longer than {setup.tokeniser.max_tokens:,} "
-                f"tokens and lost {counts.lost_tokens:,}; see --on-long",
+                f"tokens and lost {about}{counts.lost_tokens:,}{ON_LONG_HINT}",
             )
         )
     if counts.chunked:

@@ -48,7 +48,7 @@ def run(recipe: SearchRecipe, on_progress: OnProgress = ignore) -> Report:
     if recipe.index is None:
         raise GembError("no index given; gemb search docs.gemb 'a question'")
     if not recipe.query.strip():
-        raise GembError("the question is empty")
+        raise GembError(f"the question is empty; gemb search {recipe.index} 'a question'")
     return search(open_index(recipe.index), [recipe.query], recipe, on_progress)[0]
 
 

@@ -6,7 +6,7 @@ Nothing here is expensive, and nothing is written.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -169,6 +169,7 @@ def prepare(recipe: EmbedRecipe, announce: Callable[[str], None] | None = None) 
     template = Prompts(folder.prompts, folder.default_prompt).template(recipe.as_)
     dims, normalise = _dims(recipe, folder, model_name)
     tokeniser = _tokeniser(recipe, folder, model_name)
+    _check_apart(output, inputs)
     setup = Setup(
         recipe=recipe,
         output=output,
@@ -186,6 +187,28 @@ def prepare(recipe: EmbedRecipe, announce: Callable[[str], None] | None = None) 
     )
     check_output(output, setup.layout(any_ranges(dims) if recipe.dtype == "int8" else None))
     return setup
+
+
+def _check_apart(output: Path, inputs: Sequence[InputFile]) -> None:
+    """Raises GembError if the output would replace an input, or be read as one by this run or the next."""
+    if str(output) == STDOUT:
+        return
+    place = output.resolve()
+    for file in inputs:
+        if file.path is None:
+            continue
+        source = file.path.resolve()
+        if source == place:
+            raise GembError(f"{output} is an input, too; choose another output")
+        if file.format == "folder" and place.is_relative_to(source):
+            raise GembError(
+                f"{output} lies in the input folder {file.name}, where its ids would be read as a text; "
+                "choose an output outside of it"
+            )
+        if source.is_relative_to(place):
+            raise GembError(
+                f"the input {file.name} lies in the output folder {output}; choose another output"
+            )
 
 
 def any_ranges(dims: int) -> Int8Ranges:

@@ -51,6 +51,8 @@ class Counts:
     """Rows whose text was cut."""
     lost_tokens: int = 0
     """Tokens that were cut away."""
+    lost_more: int = 0
+    """Rows so long that only their beginning was tokenised: `lost_tokens` is then a lower bound."""
     chunked: int = 0
     """Records that became several rows."""
     rejected: int = 0
@@ -70,7 +72,7 @@ class Counts:
 class State:
     """Where a job stands: one line of its journal."""
 
-    FORMAT: ClassVar[int] = 1
+    FORMAT: ClassVar[int] = 2
     """Another one for every change of these fields or of those of `Counts`; it stands in job.json."""
 
     next_record: int = 0
@@ -343,6 +345,7 @@ class Writer:
         counts.computed_tokens += int(window.encoded.lengths[computed].sum())
         counts.truncated += int((lost > 0).sum())
         counts.lost_tokens += int(lost.sum(dtype=np.int64))
+        counts.lost_more += int(window.encoded.at_least[texts].sum())
         counts.chunked += window.chunked
         counts.rejected += rejected
         counts.empty_skipped += window.empty_skipped

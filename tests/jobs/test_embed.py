@@ -286,6 +286,15 @@ def test_long_texts_are_cut_and_counted(bench: Bench) -> None:
     )
 
 
+def test_of_a_huge_text_the_lost_tokens_are_a_lower_bound_and_called_so(bench: Bench) -> None:
+    report = bench.run(bench.write([{"id": "a", "text": " ".join([LONG] * 1000)}, {"id": "b", "text": "w1"}]))
+    assert (report.data["truncated"], report.data["lost_more"]) == (1, 1)
+    assert dict(report.rows)["cut"] == (
+        "1 rows (50.0%) were longer than 16 tokens and lost at least "
+        f"{report.data['lost_tokens']:,}; see --on-long"
+    )
+
+
 def test_long_texts_become_a_row_a_passage(bench: Bench) -> None:
     report = bench.run(bench.write([{"id": "a", "text": "w1"}, {"id": "b", "text": LONG}]), on_long="chunk")
     assert ids_of(bench.place / "docs.npy") == ["a#0", "b#0", "b#1", "b#2"]
@@ -664,6 +673,44 @@ def test_an_output_of_another_program_is_not_replaced(bench: Bench) -> None:
     assert np.load(bench.place / "docs.npy").shape == (2, 2)
 
 
+def test_ids_that_stand_in_the_way_are_told_with_the_output_that_needs_them(bench: Bench) -> None:
+    source = bench.write(rows_of(3))
+    bench.run(source)
+    with pytest.raises(GembError) as caught:
+        bench.run(source, "docs.fbin")
+    assert str(caught.value) == (
+        f"{bench.place / 'docs.ids.txt'}, which {bench.place / 'docs.fbin'} would write, exists; "
+        "pass --overwrite to replace it, or choose another output"
+    )
+
+
+def test_an_output_never_takes_the_place_of_an_input(bench: Bench) -> None:
+    source = bench.write(rows_of(3))
+    before = bench.files()
+    for output in ("docs.jsonl", "../work/docs.jsonl"):
+        with pytest.raises(GembError) as caught:
+            bench.run(source, output, overwrite=True)
+        assert str(caught.value) == f"{bench.place / output} is an input, too; choose another output"
+    with pytest.raises(GembError) as caught:
+        bench.run(source, ".", overwrite=True)
+    assert str(caught.value) == (
+        f"the input {source} lies in the output folder {bench.place}; choose another output"
+    )
+    assert bench.files() == before
+
+
+def test_an_output_inside_the_input_folder_is_refused(bench: Bench) -> None:
+    (bench.place / "notes/deep").mkdir(parents=True)
+    (bench.place / "notes/a.md").write_text("w1 w2")
+    with pytest.raises(GembError) as caught:
+        bench.run("notes", "notes/deep/docs.npy")
+    assert str(caught.value) == (
+        f"{bench.place / 'notes/deep/docs.npy'} lies in the input folder notes, where its ids would be read "
+        "as a text; choose an output outside of it"
+    )
+    assert bench.run("notes", "notes.npy").exit_code == Exit.DONE
+
+
 def test_a_damaged_output_is_not_called_done(bench: Bench) -> None:
     source = bench.write(rows_of(20))
     bench.run(source)
@@ -837,7 +884,10 @@ def test_a_plan_counts_measures_and_writes_nothing(bench: Bench) -> None:
     assert plan.title == f"would embed 30 rows to {bench.place / 'docs.npy'}"
     rows = dict(plan.rows)
     assert rows["rows"] == "30"
-    assert rows["refused"] == "1 rows cannot be read; see --on-error"
+    assert rows["refused"] == (
+        f'1 rows cannot be read; see --on-error\nthe first is {source}:31: no "text"; this line has id'
+    )
+    assert plan.data["first_refused"] == f'{source}:31: no "text"; this line has id'
     assert rows["prompt"] == "none (no text)"
     assert rows["device"] == "fake"
     assert rows["tokens"].startswith("about ")
@@ -846,6 +896,16 @@ def test_a_plan_counts_measures_and_writes_nothing(bench: Bench) -> None:
     assert plan.data["tokens"] == tokens
     assert bench.files() == before
     assert all(engine.closed for engine in bench.engines)
+
+
+def test_a_plan_names_the_first_and_the_last_of_many_files(bench: Bench) -> None:
+    for number in range(5):
+        bench.write([{"id": f"d{number}", "text": "w1"}], f"{number}.jsonl")
+    plan = job.plan(bench.recipe("*.jsonl"), open_engine=bench.open_engine)
+    assert dict(plan.rows)["input"] == "5 files, from 0.jsonl to 4.jsonl"
+    (bench.place / "4.jsonl").unlink()
+    plan = job.plan(bench.recipe("*.jsonl"), open_engine=bench.open_engine)
+    assert dict(plan.rows)["input"] == "0.jsonl, 1.jsonl, 2.jsonl, 3.jsonl"
 
 
 def test_a_plan_goes_as_far_as_the_limit(bench: Bench) -> None:
@@ -907,10 +967,10 @@ def test_the_record_tells_request_report_recipe_and_checksums(bench: Bench) -> N
 def test_the_state_has_another_format_when_its_fields_change() -> None:
     names = sorted(field.name for kind in (State, Counts) for field in fields(kind))
     assert (State.FORMAT, " ".join(names)) == (
-        1,
+        2,
         "cache_hits chunked computed_texts computed_tokens counts duplicates empty_skipped long_skipped "
-        "lost_tokens next_record precision records rejected rejects rows seconds seen sink tokens truncated "
-        "write_seconds",
+        "lost_more lost_tokens next_record precision records rejected rejects rows seconds seen sink tokens "
+        "truncated write_seconds",
     )
 
 

@@ -265,8 +265,24 @@ def test_what_is_no_index_is_told(tmp_path: Path) -> None:
     assert str(other.value) == (
         f"{tmp_path} is no index: it has no gemb.json; make one with gemb index INPUT -o NAME.gemb"
     )
-    with pytest.raises(GembError, match=r"^the question is empty$"):
+    with pytest.raises(GembError) as empty:
         ask(tmp_path, "  ")
+    assert str(empty.value) == f"the question is empty; gemb search {tmp_path} 'a question'"
+
+
+def test_vectors_without_texts_are_no_index_and_the_message_says_what_they_are(made: Path) -> None:
+    with pytest.raises(GembError) as caught:
+        ask(made / "vectors")
+    assert str(caught.value) == (
+        f"{made / 'vectors'} holds vectors of gemb embed and no texts; "
+        "make an index with gemb index INPUT -o NAME.gemb"
+    )
+
+
+def test_an_index_does_not_point_at_options_that_it_has_not(tmp_path: Path) -> None:
+    documents = write_documents(tmp_path / "docs.jsonl", [{"id": "a", "text": "flour " * 300}])
+    recipe = IndexRecipe(inputs=(str(documents),), output=tmp_path / "docs.gemb", threads=1, device="cpu")
+    assert dict(index.run(recipe).rows)["cut"] == "1 rows (100.0%) were longer than 256 tokens and lost 46"
 
 
 def test_damage_is_told_before_a_wrong_answer_is_given(made: Path, tmp_path: Path) -> None:
