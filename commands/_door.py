@@ -12,22 +12,8 @@ from typer import Abort, TyperException
 
 from gemb.errors import Exit, GembError
 
-MACHINE_ERRNOS = frozenset(
-    {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EIO,
-        errno.EROFS,
-        errno.ENFILE,
-        errno.EMFILE,
-        errno.ENOMEM,
-        errno.ESTALE,
-        errno.ETIMEDOUT,
-    }
-)
-"""What the machine does to us, and no bug: disk, memory, file table, network file system."""
-
+_OTHER_MACHINE_FAILURES = frozenset({errno.EROFS, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT})
+"""What the machine does to us, and no bug, besides gemb.files.MACHINE_FAILURES."""
 
 _OBJECTS_BEFORE_COLLECTING = 100_000  # CPython's default is 700
 
@@ -90,12 +76,15 @@ def _closing(step: Callable[[], int]) -> int:
         _tell("out of memory; try a smaller --batch-tokens, or fewer processes at a time")
         return Exit.FAILED
     except OSError as error:
-        if error.errno not in MACHINE_ERRNOS:
+        from gemb.files import MACHINE_FAILURES, explain_os_error
+
+        if error.errno not in MACHINE_FAILURES and error.errno not in _OTHER_MACHINE_FAILURES:
             return _bug()
-        where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
-        _tell(f"{where}{error.strerror.lower() if error.strerror else error}")
+        explained = explain_os_error(error, os.fsdecode(error.filename or ""))
+        # Without a name it was stdout, or nobody knows what: no advice about a place then.
+        _tell(str(explained) if error.filename else (error.strerror or str(error)).lower())
         _forget_stdout()
-        return Exit.FAILED
+        return explained.exit_code
     except Exception:  # the one place: the traceback is shown, whatever it is
         return _bug()
 

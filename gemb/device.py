@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -17,8 +18,6 @@ from typing import TYPE_CHECKING, Literal
 from gemb.errors import GembError, MachineError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
 
 Precision = Literal["fp32", "bf16"]
@@ -122,21 +121,47 @@ def _cgroup_processors(
     root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> float | None:
     """The CPU quota of this process's cgroup and those above it, in processors; None if there is none."""
+    quotas = []
+    for folder, version in _cgroups("cpu", root, own):
+        names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        quotas.append(_quota(*(folder / name for name in names)))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _cgroup_free_bytes(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> int | None:
+    """What this process's cgroup and those above it still allow in bytes; None if there is no limit."""
+    free = []
+    for folder, version in _cgroups("memory", root, own):
+        names = ("memory.max", "memory.current", "inactive_file")
+        if version == 1:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        try:
+            limit, used = (int((folder / name).read_text()) for name in names[:2])
+            statistics = (folder / "memory.stat").read_text()
+        except (OSError, ValueError):  # "max" among them
+            continue
+        # Pages of files that nobody has used lately are counted as used, and given up on demand.
+        found = re.search(rf"^{names[2]} (\d+)$", statistics, re.MULTILINE)
+        free.append(limit - used + (int(found[1]) if found else 0))
+    return max(0, min(free)) if free else None
+
+
+def _cgroups(controller: str, root: Path, own: Path) -> Iterator[tuple[Path, int]]:
+    """(folder, version) of this process's cgroup under a controller and of those above it."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
         lines = []
-    quotas = []
-    for line in ("0::/", "0:cpu:/", *lines):  # the roots too: a container sees its own cgroup as the root
+    for line in ("0::/", f"0:{controller}:/", *lines):  # the roots: a container sees its own as the root
         _, controllers, path = line.split(":", 2)
         place = Path(path.lstrip("/"))
         for folder in (place, *place.parents):
             if not controllers:
-                quotas.append(_quota(root / folder / "cpu.max"))  # version 2
-            elif "cpu" in controllers.split(","):
-                files = (root / "cpu" / folder / f"cpu.cfs_{part}_us" for part in ("quota", "period"))
-                quotas.append(_quota(*files))
-    return min((quota for quota in quotas if quota is not None), default=None)
+                yield root / folder, 2
+            elif controller in controllers.split(","):
+                yield root / controller / folder, 1
 
 
 def _quota(*files: Path) -> float | None:
@@ -251,12 +276,7 @@ def free_memory_bytes(device: str) -> int | None:
         return None
     found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
     free = int(found[1]) * 1024 if found else None
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return limit - used if free is None else min(free, limit - used)
+    return min((count for count in (free, _cgroup_free_bytes()) if count is not None), default=None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -231,6 +231,26 @@ def test_threads_follow_the_quota_of_an_older_cgroup(tmp_path: Path) -> None:
     assert device._cgroup_processors(tmp_path, own) == 3.0
 
 
+def test_free_memory_follows_the_limit_of_the_cgroup_and_those_above_it(tmp_path: Path) -> None:
+    own = tmp_path / "self"
+    own.write_text("0::/jobs/mine\n")
+    assert device._cgroup_free_bytes(tmp_path, own) is None
+    for name, limit, used in (("jobs/mine", "max", 50), ("jobs", "1000", 400)):
+        write(tmp_path / name / "memory.max", f"{limit}\n")
+        write(tmp_path / name / "memory.current", f"{used}\n")
+        write(tmp_path / name / "memory.stat", "anon 10\ninactive_file 30\n")
+    assert device._cgroup_free_bytes(tmp_path, own) == 630
+
+
+def test_free_memory_follows_the_limit_of_an_older_cgroup(tmp_path: Path) -> None:
+    own = tmp_path / "self"
+    own.write_text("4:memory:/jobs\n")
+    write(tmp_path / "memory/jobs/memory.limit_in_bytes", "1000\n")
+    write(tmp_path / "memory/jobs/memory.usage_in_bytes", "990\n")
+    write(tmp_path / "memory/jobs/memory.stat", "inactive_file 1\ntotal_inactive_file 5\n")
+    assert device._cgroup_free_bytes(tmp_path, own) == 15
+
+
 def test_threads_are_the_least_of_affinity_quota_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -21,6 +21,8 @@ from gemb.errors import GembError, MachineError
 FILE_NAME = "vectors.sqlite"
 FORMAT = 1  # PRAGMA user_version
 KEYS_A_QUERY = 900  # below SQLite's classical limit of 999 parameters
+ARITHMETIC = 1
+"""Part of every key; raised when a change of gemb's own changes vectors by more than rounding does."""
 BUSY_SECONDS = 60.0  # another process may be writing a whole window
 
 
@@ -109,7 +111,8 @@ class VectorCache:
 class _transaction:
     """BEGIN IMMEDIATE to COMMIT, or ROLLBACK after an exception.
 
-    The write lock is taken at the start: SQLite does not wait for it in the middle.
+    The write lock is taken at the start: SQLite does not wait for it in the middle. After some failures (a
+    full disk) it has rolled back by itself; then the failure is what is told.
     """
 
     def __init__(self, database: sqlite3.Connection) -> None:
@@ -124,4 +127,7 @@ class _transaction:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._database.execute("COMMIT" if kind is None else "ROLLBACK")
+        if kind is None:
+            self._database.execute("COMMIT")
+        elif self._database.in_transaction:
+            self._database.execute("ROLLBACK")

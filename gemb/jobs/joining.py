@@ -18,7 +18,7 @@ from gemb.jobs.seen import SeenIds
 from gemb.jobs.watch import Watch
 from gemb.jobs.writing import Counts
 from gemb.recipe import resolved
-from gemb.report import Report
+from gemb.report import Report, counted
 from gemb.vectors.layout import output_files
 from gemb.vectors.shards import ShardPart, find_parts, layout_of
 from gemb.vectors.shards import join as append_parts
@@ -81,7 +81,7 @@ def join(recipe: EmbedRecipe, watch: Watch, *, overwrite: bool) -> Report:
         data |= {name: sum(record["report"][name] for record in records) for name in SUMMED}
         data["files"] = [str(file.path) for file in files]
         report = Report(
-            title=f"joined {len(parts)} shards: {rows:,} rows in {output}",
+            title=f"joined {len(parts)} shards: {counted(rows, 'row')} in {output}",
             rows=[
                 ("files", "\n".join(f"{file.path} ({readable_bytes(file.bytes)})" for file in files)),
                 *([("rejected", f"{data['rejected']:,} rows; see {', '.join(rejects)}")] if rejects else []),

@@ -15,7 +15,7 @@ from gemb.files import free_bytes, readable_bytes
 from gemb.jobs.reporting import duration_of, shown_model, shown_prompt
 from gemb.jobs.setup import OpenEngine, Setup, any_ranges
 from gemb.model.folder import fingerprint
-from gemb.report import Plan
+from gemb.report import Plan, counted
 from gemb.text.batches import token_batches
 from gemb.text.records import Record, read_records
 from gemb.vectors.layout import estimated_bytes, output_files
@@ -81,6 +81,11 @@ def make_plan(setup: Setup, open_engine: OpenEngine) -> Plan:
     if free is not None:
         shown.append(("disk", f"about {readable_bytes(needed)} needed, {readable_bytes(free)} free"))
     notes = [*setup.notes, *engine.notes]
+    outputs = [] if setup.is_stream else output_files(setup.output, layout)
+    if any(path.exists() for path in outputs):
+        notes.append(f"{setup.output} exists; if another request made it, the job will need --overwrite")
+    if not setup.is_stream and setup.work.exists():
+        notes.append(f"{setup.work} is there: the job goes on with it if the same request left it")
     shown += [("note", note) for note in notes]
     data: dict[str, object] = {
         "rows": None if setup.reads_pipe else rows,
@@ -100,8 +105,8 @@ def make_plan(setup: Setup, open_engine: OpenEngine) -> Plan:
         "device": engine.device_line,
         "notes": notes,
     }
-    outputs = [] if setup.is_stream else output_files(setup.output, layout)
-    return Plan(title=f"would embed {about}{rows:,} rows to {where}", rows=shown, data=data, outputs=outputs)
+    title = f"would embed {about}{counted(rows, 'row')} to {where}"
+    return Plan(title=title, rows=shown, data=data, outputs=outputs)
 
 
 def _shown_inputs(names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from gemb.errors import Exit, GembError
 from gemb.files import read_json, write_json
 from gemb.jobs.request import AUTO, InputIdentity, Request, refuse
-from gemb.report import Report
+from gemb.report import Report, counted
 from gemb.vectors.layout import RECORD, OutputFile, kind_of
 
 
@@ -91,7 +91,7 @@ def done_already(
         )
     report = kept["report"]
     return Report(
-        title=f"already done: {output} holds {report['rows']:,} rows",
+        title=f"already done: {output} holds {counted(report['rows'], 'row')}",
         data={**report, "already_done": True},
         outputs=[output],
         exit_code=Exit.REJECTED if report["rejected"] else Exit.DONE,

@@ -10,7 +10,7 @@ from gemb.files import readable_bytes
 from gemb.jobs.setup import Setup
 from gemb.jobs.writing import Counts, State
 from gemb.model.folder import fingerprint
-from gemb.report import Report
+from gemb.report import Report, counted
 from gemb.report.progress import duration
 from gemb.text.prompts import Template
 from gemb.vectors.layout import OutputFile
@@ -75,7 +75,7 @@ def make_report(
     ]
     if counts.rejected:
         shown.append(
-            ("rejected", f"{counts.rejected:,} rows" + (f"; see {rejects_file}" if rejects_file else ""))
+            ("rejected", counted(counts.rejected, "row") + (f"; see {rejects_file}" if rejects_file else ""))
         )
     if setup.recipe.dtype == "int8" and files:
         shown.append(("clipped", f"{clipped_share:.3%} of the numbers lie outside the int8 ranges"))
@@ -95,7 +95,7 @@ def _remarkable(setup: Setup, counts: Counts, before: Counts) -> list[tuple[str,
     """What happened to rows that were not simply computed."""
     shown: list[tuple[str, str]] = []
     if before.rows:
-        shown.append(("resumed", f"after {before.rows:,} rows of earlier runs"))
+        shown.append(("resumed", f"after {counted(before.rows, 'row')} of earlier runs"))
     if counts.truncated:
         share = counts.truncated / max(1, counts.rows)
         about = "at least " if counts.lost_more else ""
@@ -109,28 +109,29 @@ def _remarkable(setup: Setup, counts: Counts, before: Counts) -> list[tuple[str,
     if counts.chunked:
         shown.append(("chunked", f"{counts.chunked:,} long texts became several rows"))
     if counts.duplicates:
-        shown.append(("repeated", f"{counts.duplicates:,} rows repeat a text near by, computed once"))
+        repeats = counted(counts.duplicates, "text")
+        shown.append(("repeated", f"{repeats} stood near by before, computed once"))
     if setup.recipe.cache is not None:
         texts = counts.cache_hits + counts.computed_texts
         shown.append(
             ("cache", f"{counts.cache_hits:,} of {texts:,} texts ({counts.cache_hits / max(1, texts):.1%})")
         )
     if counts.empty_skipped:
-        shown.append(("empty", f"{counts.empty_skipped:,} rows left out"))
+        shown.append(("empty", f"{counted(counts.empty_skipped, 'row')} left out"))
     if counts.long_skipped:
-        shown.append(("too long", f"{counts.long_skipped:,} rows left out"))
+        shown.append(("too long", f"{counted(counts.long_skipped, 'row')} left out"))
     return shown
 
 
 def _title(setup: Setup, counts: Counts, more: bool) -> str:
     if not more:
         where = "stdout" if setup.is_stream else str(setup.output)
-        return f"embedded {counts.rows:,} rows to {where} in {duration_of(counts.seconds)}"
+        return f"embedded {counted(counts.rows, 'row')} to {where} in {duration_of(counts.seconds)}"
     if setup.is_stream:
-        return f"stopped by a limit after {counts.rows:,} rows; more remain"
+        return f"stopped by a limit after {counted(counts.rows, 'row')}; more remain"
     if setup.reads_pipe:
-        return f"stopped by a limit after {counts.rows:,} rows; the rest of the pipe is not kept"
-    return f"stopped by a limit after {counts.rows:,} rows; run the same command again to go on"
+        return f"stopped by a limit after {counted(counts.rows, 'row')}; the rest of the pipe is not kept"
+    return f"stopped by a limit after {counted(counts.rows, 'row')}; run the same command again to go on"
 
 
 def shown_model(setup: Setup) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gemb.engine import Engine
 from gemb.engine.ahead import ReadAhead
-from gemb.engine.cache import VectorCache
+from gemb.engine.cache import ARITHMETIC, VectorCache
 from gemb.engine.opening import stdout_guarded
 from gemb.engine.windows import Pace, Rules, Windows, compute, in_shard, pausing
 from gemb.errors import Exit, GembError, Interrupted, MismatchError
@@ -32,7 +32,7 @@ from gemb.jobs.watch import Watch
 from gemb.jobs.writing import Counts, Destination, Rejects, State, Writer
 from gemb.model.folder import fingerprint
 from gemb.recipe import resolved
-from gemb.report import Report
+from gemb.report import Report, counted
 from gemb.text.records import Record, Reject, read_records
 from gemb.vectors.layout import OutputFile, output_files
 from gemb.vectors.shards import BLOCK_RECORDS, BlockTable, write_table
@@ -119,6 +119,7 @@ class Run:
             # The record of what stood there before is no record of what comes in its place.
             record_path(setup.output).unlink(missing_ok=True)
             files = sink.finish()
+            rejects.finish()
             clipped = sink.clipped_values
         report = self._report(state, files, more=more, clipped_values=clipped)
         keep_record(setup.output, request, report, files, resolved(setup.recipe))
@@ -225,7 +226,7 @@ class Run:
             from gemb.device import all_devices, pick
 
             device = pick(all_devices(recipe.device)[0], recipe.precision)
-            context = [fingerprint(setup.folder), device.kind, device.precision]
+            context = [fingerprint(setup.folder), device.kind, device.precision, str(ARITHMETIC)]
             open_cache = partial(VectorCache, recipe.cache, context=context, dims=setup.folder.dims)
             with self._interrupts.at_once():
                 open_cache().close()  # a folder that cannot be a cache shows now
@@ -372,20 +373,20 @@ class Run:
         return ", ".join(file.name for file in self._setup.inputs)
 
     def _interrupted(self, counts: Counts, exit_code: Exit) -> Interrupted:
-        setup = self._setup
+        setup, rows = self._setup, counted(counts.rows, "row")
         if setup.is_stream:
             return Interrupted(
-                f"interrupted after {counts.rows:,} rows; rows on stdout cannot be gone on with", exit_code
+                f"interrupted after {rows}; rows on stdout cannot be gone on with",
+                exit_code,
             )
         if setup.reads_pipe:
             return Interrupted(
-                f"interrupted after {counts.rows:,} rows, which are lost: the input is a pipe and cannot be "
+                f"interrupted after {rows}, which are lost: the input is a pipe and cannot be "
                 "read again; save it to a file first for jobs that may be interrupted",
                 exit_code,
             )
         return Interrupted(
-            f"interrupted; {counts.rows:,} rows are kept in {setup.work}, "
-            "run the same command again to go on",
+            f"interrupted; {rows} kept in {setup.work}, run the same command again to go on",
             exit_code,
         )
 

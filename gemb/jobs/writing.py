@@ -24,7 +24,7 @@ from gemb.engine.ahead import POLL_SECONDS
 from gemb.engine.cache import VectorCache
 from gemb.engine.windows import Refusal, Window
 from gemb.errors import GembError
-from gemb.files import Journal
+from gemb.files import Journal, os_errors_explained
 from gemb.jobs.calibration import RowSink
 from gemb.jobs.seen import SeenIds
 from gemb.vectors.appending import AppendFile, End
@@ -135,6 +135,8 @@ class Limits:
 class Rejects:
     """The file of rejected rows, made when the first one comes; without a path they are told to `tell`.
 
+    What an earlier job rejected stays until then, or until `finish`: its output may still be there.
+
     `work` is the job's work folder, and `end` where its journal says that the file ends.
     """
 
@@ -146,8 +148,6 @@ class Rejects:
         self._file: AppendFile | None = None
         if path is not None and end.bytes:
             self._file = AppendFile(path, work, end=end)
-        elif path is not None:
-            path.unlink(missing_ok=True)  # of an earlier job, or of rows that will be read again
 
     def add(self, refusals: list[Refusal]) -> None:
         """Add rows to the file; on the disk only after `sync`."""
@@ -165,6 +165,12 @@ class Rejects:
         if self._file is not None:
             self._file.sync()
         return self._end
+
+    def finish(self) -> None:
+        """Remove a file that an earlier job left, if this one rejected nothing; for the end of a job."""
+        if self.path is not None and not self._end.bytes:
+            with os_errors_explained(self.path):
+                self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the file."""

@@ -1,6 +1,6 @@
 """What a job says: its plan, its report, its progress, and how people and programs see them."""
 
 from gemb.report.progress import Event, OnProgress, ignore, progress
-from gemb.report.result import Plan, Report, Table, show
+from gemb.report.result import Plan, Report, Table, counted, show
 
-__all__ = ["Event", "OnProgress", "Plan", "Report", "Table", "ignore", "progress", "show"]
+__all__ = ["Event", "OnProgress", "Plan", "Report", "Table", "counted", "ignore", "progress", "show"]

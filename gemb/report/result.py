@@ -64,6 +64,11 @@ class Report:
     exit_code: Exit = Exit.DONE
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def show(
     result: Plan | Report,
     *,

@@ -43,8 +43,12 @@ def raising(error: BaseException) -> Callable[[], NoReturn]:
         (LockedError("docs.npy is held by process 7"), 6, "docs.npy is held by process 7"),
         (UnavailableError("no model x"), 7, "no model x"),
         (Interrupted("saved; run again", Exit.TERMINATED), 143, "saved; run again"),
-        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 1, "/data/x: no space left on device"),
         (OSError(errno.EIO, "Input/output error"), 1, "input/output error"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/mnt/x"),
+            2,
+            "cannot write /mnt/x: the file system is read-only; choose another path",
+        ),
         (MemoryError(), 1, "out of memory; try a smaller --batch-tokens, or fewer processes at a time"),
     ],
 )
@@ -53,6 +57,13 @@ def test_an_expected_failure_is_one_message_and_its_code(
 ) -> None:
     assert door.run_door(app_that(raising(error)), []) == code
     assert capsys.readouterr() == ("", f"gemb: {message}\n")
+
+
+def test_a_full_disk_that_nobody_expected_is_told_with_its_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert door.run_door(app_that(raising(OSError(errno.ENOSPC, "No space left on device", "/x"))), []) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("gemb: cannot write /x: no space left (")
+    assert message.endswith("free); free some space, then run the same command again\n")
 
 
 def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gemb.engine.cache import VectorCache
-from gemb.errors import GembError
+from gemb.errors import GembError, MachineError
 
 
 def ids(*numbers: int) -> NDArray[np.int32]:
@@ -80,6 +80,20 @@ def test_writers_wait_for_each_other(tmp_path: Path) -> None:
         thread.join()
     cache = open_cache(tmp_path)
     assert len(cache.find([cache.key(ids(number), 0) for number in range(400)])) == 400
+    cache.close()
+
+
+def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
+    cache = VectorCache(tmp_path, context=["model"], dims=3)
+    pages = cache._database.execute("PRAGMA page_count").fetchone()[0]
+    cache._database.execute(f"PRAGMA max_page_count={pages}")  # SQLite's own way to a full disk
+    rows = [(number.to_bytes(16, "little"), np.ones(3, np.float32)) for number in range(10_000)]
+    with pytest.raises(MachineError) as caught:
+        cache.add(rows)
+    assert str(caught.value) == (
+        f"{tmp_path / 'vectors.sqlite'}: database or disk is full; "
+        "delete the cache, or run the command without --cache"
+    )
     cache.close()
 
 

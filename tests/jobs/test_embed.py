@@ -307,7 +307,7 @@ def test_long_texts_are_left_out_when_asked(bench: Bench) -> None:
     report = bench.run(bench.write([{"id": "a", "text": LONG}, {"id": "b", "text": "w1"}]), on_long="skip")
     assert ids_of(bench.place / "docs.npy") == ["b"]
     assert report.exit_code == Exit.DONE
-    assert dict(report.rows)["too long"] == "1 rows left out"
+    assert dict(report.rows)["too long"] == "1 row left out"
 
 
 def test_a_long_text_is_an_error_when_asked(bench: Bench) -> None:
@@ -364,6 +364,21 @@ def test_a_row_that_the_model_cannot_compute_is_refused_with_its_line(bench: Ben
         "cannot be computed: no such token",
         "its vector is not finite",
     ]
+
+
+def test_what_a_finished_job_rejected_stays_until_another_output_is_in_its_place(bench: Bench) -> None:
+    source = bench.place / "docs.jsonl"
+    source.write_text('{"id": "a", "text": "w1"}\n{"id": "b"}\n', "utf-8")
+    bench.run(source, on_error="skip")
+    rejects = bench.place / "docs.npy.rejects.jsonl"
+    kept = rejects.read_bytes()
+    source.write_text('{"id": "a", "text": "w1"}\n{"id": "a", "text": "w2"}\n', "utf-8")
+    with pytest.raises(GembError, match="stands already"):
+        bench.run(source, overwrite=True)
+    assert rejects.read_bytes() == kept
+    source.write_text('{"id": "a", "text": "w1"}\n', "utf-8")
+    bench.run(source, overwrite=True)
+    assert not rejects.exists()
 
 
 def test_a_repeated_id_names_both_places(bench: Bench) -> None:
@@ -906,6 +921,15 @@ def test_a_plan_names_the_first_and_the_last_of_many_files(bench: Bench) -> None
     (bench.place / "4.jsonl").unlink()
     plan = job.plan(bench.recipe("*.jsonl"), open_engine=bench.open_engine)
     assert dict(plan.rows)["input"] == "0.jsonl, 1.jsonl, 2.jsonl, 3.jsonl"
+
+
+def test_a_plan_tells_of_an_output_that_is_there(bench: Bench) -> None:
+    source = bench.write(rows_of(20))
+    bench.run(source)
+    plan = job.plan(bench.recipe(source, "docs.npy"), open_engine=bench.open_engine)
+    assert plan.data["notes"] == [
+        f"{bench.place / 'docs.npy'} exists; if another request made it, the job will need --overwrite"
+    ]
 
 
 def test_a_plan_goes_as_far_as_the_limit(bench: Bench) -> None:
