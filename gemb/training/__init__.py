@@ -1,0 +1,1 @@
+"""Training: data sets to batches, the loop, the optimizers, the run folder."""
