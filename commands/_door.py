@@ -96,6 +96,7 @@ def _usage_message(error: TyperException) -> str:
     close = getattr(error, "possibilities", None)
     message = " ".join((error.message if close else error.format_message()).split()).rstrip(".")
     message = message[:1].lower() + message[1:].replace(". Did you mean", "; did you mean")
+    message = message.replace("Input should be", "it must be")
     if close:
         message += f"; did you mean {' or '.join(sorted(close))}?"
     elif not message.endswith("?"):

@@ -106,7 +106,7 @@ class EmbedRecipe(ComputeRecipe):
             try:
                 parse_shard(value)
             except GembError as error:
-                raise ValueError(str(error)) from error
+                raise ValueError(str(error).removeprefix("--shard ")) from error
         return value
 
 
