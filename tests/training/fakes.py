@@ -1,0 +1,61 @@
+"""Stand-ins for the parts around the loop: a small encoder with dropout, and batches made by hand."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gemb.training.batches import TrainingBatch
+
+VOCABULARY = 50
+
+
+class TinyEncoder(nn.Module):
+    """Mean of token states after two layers: [R, D] of packed tokens, D = 8."""
+
+    def __init__(self, dropout: float = 0.0, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.table = nn.Parameter(torch.randn(VOCABULARY, 8, generator=generator))
+        self.inner = nn.Parameter(torch.randn(16, 8, generator=generator) / 3)
+        self.outer = nn.Parameter(torch.randn(8, 16, generator=generator) / 4)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, ids: Tensor, lengths: NDArray[np.int32], prompt_tokens: NDArray[np.int32] | None = None
+    ) -> Tensor:
+        """One vector a row."""
+        del prompt_tokens
+        hidden = torch.tanh(self.table[ids.long()] @ self.inner.T)
+        states = self.dropout(hidden) @ self.outer.T
+        parts = states.split([int(length) for length in lengths])
+        return torch.stack([part.mean(dim=0) for part in parts])
+
+
+def tiny_batch(pairs: int = 4, negatives: int = 0, seed: int = 0, dataset: str = "tiny") -> TrainingBatch:
+    """Texts of 1 to 12 tokens."""
+    generator = np.random.default_rng(seed)
+    rows = 2 * pairs + negatives
+    lengths = generator.integers(1, 13, rows).astype(np.int32)
+    ids = generator.integers(4, VOCABULARY, int(lengths.sum())).astype(np.int32)
+    return TrainingBatch(
+        dataset=dataset,
+        kind="pairs",
+        ids=ids,
+        lengths=lengths,
+        prompt_tokens=np.zeros(rows, np.int32),
+        pairs=pairs,
+        owner=np.sort(generator.integers(0, pairs, negatives)).astype(np.int64),
+        hashes=hashes_of([f"{seed} {row}" for row in range(rows)]),
+        scores=None,
+        texts=None,
+    )
+
+
+def hashes_of(texts: Sequence[str]) -> NDArray[np.int64]:
+    """Equal texts, equal hashes."""
+    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
+    return np.frombuffer(b"".join(digests), dtype=np.int64).copy()

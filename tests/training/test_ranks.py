@@ -1,0 +1,90 @@
+"""Two processes over gloo train as one does."""
+
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing.spawn as spawning
+from torch import nn
+
+from gemb.errors import GembError
+from gemb.training.gradients import MemoryPlan, batch_gradients
+from gemb.training.ranks import Ranks, ranks_of_environment
+from tests.training.fakes import TinyEncoder, tiny_batch
+from tests.training.test_gradients import loss_of
+
+
+class SparseEncoder(TinyEncoder):
+    """Its table has sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(self.table.detach())
+
+    def forward(self, ids, lengths, prompt_tokens=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+        rows = nn.functional.embedding(ids.long(), self.table, sparse=True)
+        states = torch.tanh(rows @ self.inner.T) @ self.outer.T
+        return torch.stack([part.mean(dim=0) for part in torch.split(states, [int(n) for n in lengths])])
+
+
+def train_on_one_rank(index: int, count: int, port: int, target: Path) -> None:
+    """The gradients of one batch, written by every rank."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(index),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    with ranks_of_environment("cpu") as ranks:
+        results: dict[str, torch.Tensor] = {}
+        for name, encoder in (("dense", TinyEncoder()), ("sparse", SparseEncoder())):
+            parameters = list(encoder.parameters())
+            for keeps in (True, False):
+                encoder.zero_grad()
+                plan = MemoryPlan(11, 10_000 if keeps else 0)
+                found = batch_gradients(encoder, parameters, tiny_batch(7, 3), loss_of, plan, ranks=ranks)
+                for number, parameter in enumerate(parameters):
+                    assert parameter.grad is not None
+                    results[f"{name} {keeps} {number}"] = parameter.grad.to_dense()
+                results[f"{name} {keeps} loss"] = torch.tensor(found.loss)
+        assert ranks.any(index == 1) is (count > 1)
+        assert ranks.smallest(10 + index) == 10
+        ranks.wait()
+    torch.save(results, target / f"{count}-{index}.pt")
+
+
+def test_two_ranks_have_the_gradients_of_one(tmp_path: Path) -> None:
+    train_on_one_rank(0, 1, 0, tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawning.spawn(train_on_one_rank, args=(2, port, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    alone = torch.load(tmp_path / "1-0.pt")
+    for index in (0, 1):
+        together = torch.load(tmp_path / f"2-{index}.pt")
+        assert together.keys() == alone.keys()
+        for name in alone:
+            torch.testing.assert_close(together[name], alone[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_every_row_is_encoded_by_one_rank_and_tokens_are_shared_evenly(count: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 200, 64).astype(np.int32)
+    shares = [Ranks(index, count).rows(lengths) for index in range(count)]
+    assert np.array_equal(np.sort(np.concatenate(shares)), np.arange(64))
+    assert all(np.array_equal(share, np.sort(share)) for share in shares)
+    tokens = [int(lengths[share].sum()) for share in shares]
+    assert max(tokens) - min(tokens) <= lengths.max()
+
+
+def test_ranks_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(GembError) as error, ranks_of_environment("cpu"):
+        pass
+    assert str(error.value) == "RANK=2 and WORLD_SIZE=2 are no rank and number of ranks; use torchrun"
