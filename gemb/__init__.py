@@ -1,6 +1,7 @@
 """Embed, index and search text with small encoders.
 
-`Encoder.load(folder).embed(texts)` is the Python door; `gemb --help` shows the commands.
+`Encoder.load(folder).embed(texts)` and `Index.open(folder).search(text)` are the Python doors; `gemb --help`
+shows the commands.
 """
 
 from importlib import import_module, metadata
@@ -9,14 +10,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gemb.engine.encoder import Encoder
+    from gemb.retrieval.index import Index
 
 # A wheel holds gemb/commands and gemb/recipes; a checkout keeps both beside this package.
 if not (Path(__file__).parent / "commands").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
-__all__ = ["Encoder", "__version__"]
+__all__ = ["Encoder", "Index", "__version__"]
 
-_HOMES = {"Encoder": "gemb.engine.encoder"}
+_HOMES = {"Encoder": "gemb.engine.encoder", "Index": "gemb.retrieval.index"}
 
 
 def __getattr__(name: str) -> object:
