@@ -101,6 +101,8 @@ class Window:
     """Vectors of texts that the cache knows."""
     keys: list[bytes]
     """[U], the texts' keys in the cache; empty without one."""
+    spans: list[tuple[int, int] | None] = field(default_factory=list)
+    """[R], which characters of its record's text a row is; None is all of them."""
     vectors: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), dtype=np.float32))
     """[U, D], complete when `waiting` is 0, except for `failures`."""
     failures: dict[int, str] = field(default_factory=dict)
@@ -153,6 +155,8 @@ class Rules:
     limit_records: int | None
     deadline: float | None
     """time.monotonic() at which no further window is begun."""
+    overlap_tokens: int = 0
+    """How much of a passage the next one repeats at most, under `chunk`."""
 
 
 def in_shard(index: int, shard: tuple[int, int]) -> bool:
@@ -314,6 +318,7 @@ class Windows:
             refusals=sorted(refusals, key=lambda refusal: refusal.index),
             empty_skipped=run.empty_skipped,
             long_skipped=long_skipped,
+            spans=[row.span for row in rows],
             chunked=chunked,
             work=sum(
                 min(len(text), self._work_at_most) for number, text in enumerate(texts) if number not in known
@@ -346,8 +351,11 @@ class Windows:
         def render(body: str) -> str:
             return self._template.render(body, record.title)
 
-        bodies = self._tokeniser.split(record.text, render)
-        return [_Row(f"{row.id}#{number}", render(body), record) for number, body in enumerate(bodies)]
+        passages = self._tokeniser.passages(record.text, render, overlap_tokens=self._rules.overlap_tokens)
+        return [
+            _Row(f"{row.id}#{number}", render(passage.text), record, (passage.start, passage.end))
+            for number, passage in enumerate(passages)
+        ]
 
     def _look_up(
         self, encoded: Encoded, cache: VectorCache | None
@@ -383,6 +391,7 @@ class _Row(NamedTuple):
     text: str
     """Rendered."""
     record: Record
+    span: tuple[int, int] | None = None
 
 
 def _different(rows: list[_Row]) -> tuple[list[str], NDArray[np.int64]]:

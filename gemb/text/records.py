@@ -94,6 +94,10 @@ class ReadOptions:
     """False where the prompt ignores titles: none is read then, and none makes up for an empty text."""
     keep_fields: bool = False
     """Fill `Record.fields`; reads all columns of a Parquet file."""
+    leave_out: frozenset[str] = frozenset()
+    """Fields that are not kept; of a Parquet file such columns are not even read."""
+    text_optional: bool = False
+    """A row without a text is a record with an empty one, unless `text_field` names the field it lacks."""
     limit_rows: int | None = None
     """At most so many rows, rejects counted, from `start` on."""
     start: int = 0
@@ -207,6 +211,7 @@ class _Rows:
         self._id_fields = (options.id_field,) if options.id_field else ID_FIELDS
         self._text_fields = (options.text_field,) if options.text_field else TEXT_FIELDS
         self._title_fields = (options.title_field,) if options.title_field else TITLE_FIELDS
+        self.may_lack_text = options.text_optional and options.text_field is None
 
     def layout(self, keys: Sequence[str]) -> _Layout:
         if len(self.seen_fields) < _REMEMBERED_LAYOUTS:
@@ -246,8 +251,13 @@ class _Rows:
                 return Reject(name, line, index, None, f'"{id_field}" is empty')
 
         if text_field is None:
-            return Reject(name, line, index, identifier, self._no_field(self._text_fields[0], row))
-        text = row[text_field]
+            if not self.may_lack_text:
+                return Reject(name, line, index, identifier, self._no_field(self._text_fields[0], row))
+            text: object = None
+        else:
+            text = row[text_field]
+        if text is None and self.options.text_optional:
+            text = ""
         if type(text) is not str:
             # A line of an OpenAI batch file: {"custom_id": ..., "body": {"input": ...}}.
             if type(text) is dict and text_field == "body" and "input" in text:
@@ -265,12 +275,13 @@ class _Rows:
             elif value is not None:
                 reason = f'"{title_field}" is {_kind(value)}, not a string'
                 return Reject(name, line, index, identifier, reason)
-        if (not text or text.isspace()) and (not title or title.isspace()):
+        if (not text or text.isspace()) and (not title or title.isspace()) and not self.options.text_optional:
             return Reject(name, line, index, identifier, EMPTY_TEXT)
 
         fields = _NO_FIELDS
         if self.options.keep_fields:
-            fields = {key: value for key, value in row.items() if key not in layout}
+            out = self.options.leave_out
+            fields = {key: value for key, value in row.items() if key not in layout and key not in out}
         return Record(identifier, text, title, line, name, index, fields)
 
     def of_text(self, text: str, line: int, identifier: str, source: str) -> Record | Reject:
@@ -299,7 +310,7 @@ class _Rows:
         if twice:
             raise GembError(f"{name}: two columns are named {_few(twice)}; rename one of them")
         layout = self.layout(columns)
-        if layout.text is None:
+        if layout.text is None and not self.may_lack_text:
             wanted = f'"{self._text_fields[0]}"'
             raise GembError(f"{name}: no column {wanted}; it has {_few(columns)}; name one with --text-field")
         for option, field in (
@@ -431,7 +442,11 @@ def _read_parquet(rows: _Rows) -> Iterator[Record | Reject]:
     with _open_parquet(rows) as file:
         columns = file.schema_arrow.names
         layout = rows.check_columns(columns)
-        wanted = None if rows.options.keep_fields else [column for column in layout if column is not None]
+        wanted = [
+            column
+            for column in columns
+            if column in layout or (rows.options.keep_fields and column not in rows.options.leave_out)
+        ]
         groups: list[int] = []
         for group in range(file.num_row_groups):
             group_rows = file.metadata.row_group(group).num_rows

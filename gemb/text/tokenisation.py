@@ -106,7 +106,7 @@ class Passage:
     """A piece of a text that fits the model."""
 
     start: int
-    """Characters; the first passage starts at 0, each other where the one before ends."""
+    """Characters; the first passage starts at 0, each other where the one before ends, or before that."""
     end: int
     text: str
     """What to embed: the characters from `start` to `end` without white space around them."""
@@ -234,13 +234,16 @@ class Tokeniser:
         """The texts of `passages`."""
         return [passage.text for passage in self.passages(text, render)]
 
-    def passages(self, text: str, render: Callable[[str], str] | None = None) -> list[Passage]:
+    def passages(
+        self, text: str, render: Callable[[str], str] | None = None, *, overlap_tokens: int = 0
+    ) -> list[Passage]:
         """`text` in passages that each fit into `max_tokens` once rendered, special tokens counted.
 
         `render` puts the prompt (and a title) around a passage. A passage ends at the last paragraph in the
         second half of what fits, else at the last sentence, line, white space, or token. The spans follow
-        one another and cover the text. Where the prompt alone leaves no room, the rest of the text is one
-        passage, which is too long.
+        one another and cover the text; each begins with at most `overlap_tokens` of the one before, from a
+        sentence or a word on. Where the prompt alone leaves no room, the rest of the text is one passage,
+        which is too long.
         """
         render = render or str
         passages: list[Passage] = []
@@ -253,8 +256,25 @@ class Tokeniser:
                 break
             end = first + self._passage_length(text, first, render)
             passages.append(Passage(start, end, text[first:end].rstrip()))
-            start = end
+            if overlap_tokens and end < len(text):
+                start = max(first + 1, end - self._tail_length(text[first:end], overlap_tokens))
+            else:
+                start = end
         return passages or [Passage(0, len(text), "")]
+
+    def _tail_length(self, passage: str, tokens: int) -> int:
+        """Characters at the end of a passage that are at most `tokens`, from the first border in them on."""
+        offsets = self._backend.encode(passage, add_special_tokens=False).offsets
+        if tokens >= len(offsets):
+            return 0  # a passage that is all overlap would come again
+        start = offsets[-tokens][0]
+        for border in _BORDERS:
+            # A border may begin before the tail; it is where one ends that a passage can begin.
+            ends = (match.end() for match in border.finditer(passage, max(0, start - 1)))
+            begin = next((end for end in ends if start <= end < len(passage)), None)
+            if begin is not None:
+                return len(passage) - begin
+        return 0
 
     def _encode_slice(
         self, texts: Sequence[str], offset: int, lost: NDArray[np.int32], at_least: NDArray[np.bool_]

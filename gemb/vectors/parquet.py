@@ -72,25 +72,26 @@ def write_table(path: Path, layout: Layout, groups: Iterable[Rows]) -> None:
             writer.write_batch(batch, row_group_size=max(1, len(ids)))
 
 
-def open_table(path: Path) -> VectorFile:
-    """The vectors of a Parquet file, of ours or with a column named embedding, embeddings or vector.
+def open_table(path: Path, column: str | None = None) -> VectorFile:
+    """The vectors in a column of a Parquet file; by default embedding, as in ours, embeddings or vector.
 
     Raises GembError where it has none, or is damaged; a damaged page is found when it is read.
     """
-    return _Table(path)
+    return _Table(path, column)
 
 
 class _Table(VectorFile):
     """A table with a column of vectors, read one row group at a time; the last one is kept."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, named: str | None) -> None:
         with read_explained(path):
             self._file = pq.ParquetFile(path, page_checksum_verification=True)
             schema = self._file.schema_arrow
         columns = schema.names
-        column = next((name for name in VECTOR_COLUMNS if name in columns), None)
+        candidates = VECTOR_COLUMNS if named is None else (named,)
+        column = next((name for name in candidates if name in columns), None)
         if column is None:
-            raise GembError(f'{path} has no column "embedding"; it has {", ".join(columns) or "none"}')
+            raise GembError(f'{path} has no column "{candidates[0]}"; it has {", ".join(columns) or "none"}')
         self._vector_column: str = column
         self._id_column: str | None = next((name for name in ID_COLUMNS if name in columns), None)
         kind = schema.field(column).type

@@ -28,8 +28,10 @@ BLOCK_ROWS = 4096
 OPEN_PARTS = 8
 
 
-def open_vectors(path: Path | str, *, verify: bool = True) -> "VectorFile":
+def open_vectors(path: Path | str, *, verify: bool = True, column: str | None = None) -> "VectorFile":
     """The vectors at `path`, whose format is known by its name.
+
+    `column` is that of a Parquet file which holds them; by default embedding, embeddings or vector.
 
     Sizes and counts are always checked. With `verify` the whole content is read once and compared
     with the checksums in `NAME.gemb.json` beside it, or in a folder's manifest; without such a file
@@ -51,7 +53,7 @@ def open_vectors(path: Path | str, *, verify: bool = True) -> "VectorFile":
             case "parquet":
                 from gemb.vectors.parquet import open_table  # here, because pyarrow is slow to import
 
-                return open_table(target)
+                return open_table(target, column)
         return _MatrixFile(target, kind, needs_ids=ids_path(target).name in listed)
 
 
