@@ -29,7 +29,7 @@ import orjson
 from numpy.typing import NDArray
 
 from gemb.errors import GembError, LockedError, MachineError, MismatchError, UnavailableError
-from gemb.files import explain_os_error, os_errors_explained
+from gemb.files import explain_os_error, os_errors_explained, read_json
 from gemb.store.blocks import DamagedError
 from gemb.store.documents import (
     Document,
@@ -49,8 +49,12 @@ from gemb.vectors.layout import DType
 DATABASE = "index.db"
 SEGMENTS = "segments"
 LOCK = "writer.lock"
+REPLACES = f"{DATABASE}-replaces"
+"""The mark of a whole index that is about to take the place of another one."""
+OLD_RECORD, OLD_FORMAT = "gemb.json", "gemb index 1"
+"""What tells an index of version 0.1.0, which had no database."""
 FORMAT = 1
-"""PRAGMA user_version; a gemb reads its own and older ones."""
+"""PRAGMA user_version; a gemb reads its own, and `gemb.store.upgrade` makes older ones new."""
 APPLICATION = 0x67656D62  # "gemb", what `file` and other programs know the file by
 BUSY_SECONDS = 30.0
 REST_SECONDS = 0.3
@@ -296,6 +300,13 @@ class Catalogue:
         if version > FORMAT:
             raise MismatchError(
                 f"{self.folder} is an index of format {version}, this gemb reads up to {FORMAT}; upgrade gemb"
+            )
+        if version < 1:
+            raise self.damaged(f"there is no format {version}")
+        if version < FORMAT:
+            raise MismatchError(
+                f"{self.folder} is an index of format {version}, this gemb reads {FORMAT}; "
+                f"run gemb index upgrade {self.folder}"
             )
 
     def _prepare_writing(self) -> None:
@@ -679,16 +690,45 @@ def field_counts(metadata: str) -> dict[tuple[str, str], int]:
 def check_is_index(folder: Path) -> None:
     """Returns if `folder` holds an index database.
 
-    Raises UnavailableError if nothing is there, GembError if it is something else.
+    Raises UnavailableError if nothing is there, MismatchError for one of an older layout, GembError if it is
+    something else.
     """
     if not folder.exists():
+        for verb in ("upgrade", "rebuild"):
+            fresh = replacement_of(folder, verb)
+            if (fresh / REPLACES).exists():
+                raise UnavailableError(
+                    f"there is no index {folder}: it was being replaced by {fresh}, which is whole; "
+                    f"run gemb index {verb} {folder} to put it there"
+                )
         raise UnavailableError(f"there is no index {folder}; make one with gemb index INPUT -o {folder}")
     if not (folder / DATABASE).is_file():
+        if is_old_layout(folder):
+            raise MismatchError(
+                f"{folder} is an index of gemb 0.1.0, this gemb reads format {FORMAT}; "
+                f"run gemb index upgrade {folder}"
+            )
         if folder.is_dir() and (folder / LOCK).exists():
             raise GembError(f"{folder} is not finished; run the gemb index command that began it again")
         raise GembError(
             f"{folder} is no index: it has no {DATABASE}; make one with gemb index INPUT -o NAME.gemb"
         )
+
+
+def is_old_layout(folder: Path) -> bool:
+    """Whether `folder` holds a finished index of version 0.1.0."""
+    record = folder / OLD_RECORD
+    if (folder / DATABASE).exists() or not record.is_file():
+        return False
+    try:
+        return read_json(record).get("format") == OLD_FORMAT
+    except GembError:
+        return False
+
+
+def replacement_of(folder: Path, verb: str) -> Path:
+    """Where `upgrade` or `rebuild` makes the new index, beside the old one."""
+    return folder.with_name(f"{folder.name}.{'upgrading' if verb == 'upgrade' else 'rebuilding'}")
 
 
 def uri_of(path: Path, mode: str, extra: str = "") -> str:

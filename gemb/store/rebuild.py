@@ -7,7 +7,6 @@ verified before it takes the old one's place; the old one is kept under another 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,16 +15,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gemb.errors import GembError, MachineError
-from gemb.files import Lock, fsync_folder, os_errors_explained
+from gemb.errors import GembError
+from gemb.files import Lock
 from gemb.store import catalogue as catalogues
 from gemb.store.blocks import BLOCK_BYTES, CheckedFile
 from gemb.store.catalogue import Catalogue, SegmentEntry, Settings, advice
 from gemb.store.documents import StoredDocument
+from gemb.store.replacement import free_name, put_in_place, settle, settle_missing
 from gemb.store.segments import ROWS, VECTORS, spread
-from gemb.store.verify import verify
+from gemb.store.verify import verify_new
 from gemb.store.writer import OnStep, Step, Writer
 
+ENDING = "damaged"
 DOCUMENTS_A_BLOCK = 4096
 
 
@@ -44,51 +45,38 @@ def rebuild(folder: Path | str, *, threads: int = 1, on_step: OnStep = lambda st
     Raises DamagedError where the catalogue tells nothing any more, MachineError where there is no room.
     """
     folder = Path(folder)
+    fresh = catalogues.replacement_of(folder, "rebuild")
+    settle_missing(fresh, folder)
     catalogues.check_is_index(folder)
-    fresh = folder.with_name(f"{folder.name}.rebuilding")
-    lock = Lock(folder / catalogues.LOCK, str(folder))
-    lock.acquire()
-    try:
-        if fresh.exists():
-            shutil.rmtree(fresh)  # of a rebuild that was killed
-        catalogue = Catalogue.open_for_reading(folder)
+    with Lock(folder / catalogues.LOCK, str(folder)) as lock:
+        settle(fresh, folder, lambda: free_name(folder, ENDING))
         try:
-            settings, entries = catalogue.settings(), catalogue.segments()
-            committed = catalogue.state().documents
-            with Writer.open(fresh, settings, threads=threads, on_step=on_step) as writer:
-                for entry in entries:
-                    for documents, stored in _intact(catalogue, settings, entry):
-                        writer.put_stored(documents, stored)
-                        on_step(Step("saving documents", writer.documents, committed))
-                writer.commit()
-                writer.compact()
-                kept = writer.documents
-        finally:
-            catalogue.close()
-        verdict = verify(fresh)
-        if not verdict.is_sound:
-            raise MachineError(
-                f"{fresh} is damaged as soon as it is written: {verdict.faults[0].what}; check the disk"
-            )
-        damaged = _free_name(folder)
-        with os_errors_explained(folder):
-            os.rename(folder, damaged)
-            lock.path = damaged / catalogues.LOCK
-            os.rename(fresh, folder)
-        fsync_folder(folder.absolute().parent)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
+            documents, committed = _save_intact(folder, fresh, threads, on_step)
+            verify_new(fresh, documents)
+        except GembError:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        damaged = free_name(folder, ENDING)
+        put_in_place(fresh, folder, damaged, lock)
+    return Rebuilt(documents, max(0, committed - documents), damaged)
+
+
+def _save_intact(folder: Path, fresh: Path, threads: int, on_step: OnStep) -> tuple[int, int]:
+    """Writes the new index; returns how many documents it has, and how many were committed to the old one."""
+    catalogue = Catalogue.open_for_reading(folder)
+    try:
+        settings, entries = catalogue.settings(), catalogue.segments()
+        committed = catalogue.state().documents
+        with Writer.open(fresh, settings, threads=threads, on_step=on_step) as writer:
+            for entry in entries:
+                for documents, stored in _intact(catalogue, settings, entry):
+                    writer.put_stored(documents, stored)
+                    on_step(Step("saving documents", writer.documents, committed))
+            writer.commit()
+            writer.compact()
+            return writer.documents, committed
     finally:
-        lock.release()
-    return Rebuilt(kept, max(0, committed - kept), damaged)
-
-
-def _free_name(folder: Path) -> Path:
-    number = 1
-    while (found := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
-        number += 1
-    return found
+        catalogue.close()
 
 
 def _intact(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemb.errors import GembError, LockedError
+from gemb.errors import GembError, LockedError, MachineError
 from gemb.files import Lock
 from gemb.store import catalogue as catalogues
 from gemb.store.blocks import BLOCK_BYTES
@@ -79,6 +79,21 @@ def verify(folder: Path | str, on_file: Callable[[Path], None] = lambda path: No
         if catalogue is not None:
             _check_all(catalogue, verdict, on_file)
     return verdict
+
+
+def verify_new(folder: Path, documents: int) -> None:
+    """Returns if the index just written to `folder` is sound and has so many documents.
+
+    Raises MachineError if not; the files are then of no use.
+    """
+    verdict = verify(folder)
+    if not verdict.is_sound:
+        fault = verdict.faults[0]
+        raise MachineError(f"{fault.file} is damaged as soon as it is written: {fault.what}; check the disk")
+    if verdict.documents != documents:
+        raise MachineError(
+            f"{folder} has {verdict.documents:,} documents after {documents:,} were written; check the disk"
+        )
 
 
 @contextlib.contextmanager

@@ -592,6 +592,8 @@ def check_free(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise GembError(f"{folder} is a file; an index is a folder, choose another name")
+    if catalogues.is_old_layout(folder):
+        catalogues.check_is_index(folder)  # says what to run
     names = {path.name for path in folder.iterdir()}
     own = {catalogues.DATABASE, catalogues.SEGMENTS, catalogues.LOCK}
     others = sorted(name for name in names - own if not name.startswith(f"{catalogues.DATABASE}-"))

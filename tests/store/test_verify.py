@@ -186,7 +186,7 @@ def test_a_rebuild_waits_for_no_writer(index: Path) -> None:
 
 def test_each_rebuild_keeps_the_damaged_index_under_a_new_name(index: Path) -> None:
     names = [rebuild(index).damaged.name for _ in range(2)]
-    assert names == ["docs.gemb.damaged-1", "docs.gemb.damaged-2"]
+    assert names == ["docs.gemb.damaged", "docs.gemb.damaged-2"]
 
 
 def test_int8_ranges_and_passages_survive_a_rebuild(tmp_path: Path, rows: NDArray[np.float32]) -> None:
