@@ -8,3 +8,26 @@ values over the rows of the batch; the caller weights and adds them.
 Letters: B rows (pairs) of this process, P rows of all processes (P = B on one), N hard negatives,
 D width of the embeddings, E width of a teacher's, K Matryoshka sizes.
 """
+
+from gemb.losses.candidates import Direction, Guide
+from gemb.losses.contrastive import GECKO, GTE, QWEN3, contrastive, samtone
+from gemb.losses.matching import Distance, embedding_matching, score_matching
+from gemb.losses.scored import cosent, cosine_error
+from gemb.losses.spread import orthogonality, spread_out
+
+__all__ = [
+    "GECKO",
+    "GTE",
+    "QWEN3",
+    "Direction",
+    "Distance",
+    "Guide",
+    "contrastive",
+    "cosent",
+    "cosine_error",
+    "embedding_matching",
+    "orthogonality",
+    "samtone",
+    "score_matching",
+    "spread_out",
+]
