@@ -1,0 +1,61 @@
+"""metrics.jsonl: what every step and every evaluation measured, one JSON object a line.
+
+A resumed run cuts the file where its checkpoint was written, so that no step stands in it twice.
+
+    {"step": 12, "dataset": "docstrings", "loss": 2.31, "loss/contrastive": 2.31, "learning_rate": 2e-05, ...}
+    {"step": 500, "eval/docstrings/ndcg@10": 0.61}
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import orjson
+
+from gemb.files import os_errors_explained, sync_to_disk, write_fully
+
+
+class Metrics:
+    """The open file; `position` is its size in bytes, every line before it is on the disk after `sync`."""
+
+    def __init__(self, path: Path, position: int = 0) -> None:
+        self.path = path
+        with os_errors_explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            os.ftruncate(self._descriptor, min(position, os.fstat(self._descriptor).st_size))
+        self.position = min(position, os.fstat(self._descriptor).st_size)
+
+    def write(self, values: Mapping[str, object]) -> None:
+        """Add one line; a number that is not finite becomes null."""
+        line = orjson.dumps(values, option=orjson.OPT_APPEND_NEWLINE)
+        with os_errors_explained(self.path):
+            write_fully(self._descriptor, memoryview(line), self.position)
+        self.position += len(line)
+
+    def sync(self) -> None:
+        """Returns when all lines are on the disk."""
+        with os_errors_explained(self.path):
+            sync_to_disk(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file, in order; a last line that was cut off is left out."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield orjson.loads(line)
