@@ -147,7 +147,7 @@ def prepare(recipe: EmbedRecipe, announce: Callable[[str], None] | None = None) 
     if recipe.output is None:
         raise GembError("no output given; pass -o docs.npy, or -o - for JSON lines on stdout")
     shard, notes = _shard_here(recipe.shard)
-    limits = _limits(recipe)
+    limits = limits_of(recipe.on_error, recipe.max_rejects)
     output = recipe.output
     if shard:
         if recipe.dtype == "int8":
@@ -167,9 +167,9 @@ def prepare(recipe: EmbedRecipe, announce: Callable[[str], None] | None = None) 
     folder = read_folder(path)
     model_name = recipe.model or DEFAULT_MODEL
     template = Prompts(folder.prompts, folder.default_prompt).template(recipe.as_)
-    dims, normalise = _dims(recipe, folder, model_name)
+    dims = dims_of(folder, model_name, recipe.dims, force=recipe.force)
     tokeniser = _tokeniser(recipe, folder, model_name)
-    _check_apart(output, inputs)
+    check_apart(output, inputs)
     setup = Setup(
         recipe=recipe,
         output=output,
@@ -180,7 +180,7 @@ def prepare(recipe: EmbedRecipe, announce: Callable[[str], None] | None = None) 
         tokeniser=tokeniser,
         prompt_tokens=0 if folder.pooling.include_prompt else tokeniser.prompt_tokens(template.prefix),
         dims=dims,
-        normalise=normalise,
+        normalise=dims < folder.dims if recipe.normalise is None else recipe.normalise,
         shard=shard,
         limits=limits,
         notes=(*notes, *folder.notes),
@@ -189,7 +189,7 @@ def prepare(recipe: EmbedRecipe, announce: Callable[[str], None] | None = None) 
     return setup
 
 
-def _check_apart(output: Path, inputs: Sequence[InputFile]) -> None:
+def check_apart(output: Path, inputs: Sequence[InputFile]) -> None:
     """Raises GembError if the output would replace an input, or be read as one by this run or the next."""
     if str(output) == STDOUT:
         return
@@ -243,20 +243,24 @@ def reject_limits(value: int | str | None) -> tuple[int | None, float | None]:
     raise ValueError(f"{text!r} is neither a number of rows like 100 nor a share like 5%")
 
 
-def _limits(recipe: EmbedRecipe) -> Limits:
-    count, share = reject_limits(recipe.max_rejects)
-    stop = recipe.on_error == "stop" and recipe.max_rejects is None
-    return Limits(stop_at_first=stop, count=count, share=share, text=str(recipe.max_rejects))
+def limits_of(on_error: str, max_rejects: int | str | None) -> Limits:
+    """How many rejects a job bears; `max_rejects` implies that it does not stop at the first."""
+    count, share = reject_limits(max_rejects)
+    stop = on_error == "stop" and max_rejects is None
+    return Limits(stop_at_first=stop, count=count, share=share, text=str(max_rejects))
 
 
-def _dims(recipe: EmbedRecipe, folder: ModelFolder, name: str) -> tuple[int, bool]:
-    """K, and whether rows are brought to unit length."""
+def dims_of(folder: ModelFolder, name: str, wanted: int | None, *, force: bool) -> int:
+    """K, of the rows written: what is `wanted`, else what the folder asks for, else all.
+
+    Raises MismatchError for more than the model gives, and for a size it was not trained for unless `force`.
+    """
     full = folder.dims
-    dims = recipe.dims or folder.truncate_dims or full
+    dims = wanted or folder.truncate_dims or full
     if dims > full:
         raise MismatchError(f"--dims {dims} is more than the {full} dims that {name} gives")
     trained = sorted({*folder.matryoshka_dims, full, folder.truncate_dims or full}, reverse=True)
-    if recipe.dims is not None and dims not in trained and not recipe.force:
+    if wanted is not None and dims not in trained and not force:
         if folder.matryoshka_dims:
             listed = ", ".join(str(size) for size in trained)
             raise MismatchError(
@@ -267,8 +271,7 @@ def _dims(recipe: EmbedRecipe, folder: ModelFolder, name: str) -> tuple[int, boo
             f"--dims {dims}: {name} declares no smaller size than its {full} dims, and cutting a model that "
             "was not trained for it costs quality; pass --force to cut anyway"
         )
-    cuts = dims < full
-    return dims, cuts if recipe.normalise is None else recipe.normalise
+    return dims
 
 
 def _tokeniser(recipe: EmbedRecipe, folder: ModelFolder, name: str) -> Tokeniser:
