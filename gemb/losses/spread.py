@@ -53,7 +53,10 @@ def _moments(rows: Tensor, others: Tensor, offset: int, sizes: tuple[int, ...]) 
     """The mean[K] and the mean square[K] of the cosines of row i with others j != i + offset."""
     if not 0 <= offset <= len(others) - len(rows):
         raise ValueError(f"{len(rows)} rows from offset {offset} are not among {len(others)} others")
-    pairs = max(1, len(rows) * (len(others) - 1))
+    pairs = len(rows) * (len(others) - 1)
+    if not pairs:
+        nothing = 0 * unit(rows).sum().expand(len(sizes))  # a part of the graph, so that backward works
+        return nothing, nothing
     first, second = [], []
     for size in sizes:
         x, y = unit(rows, size), unit(others, size)
