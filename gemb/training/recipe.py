@@ -254,6 +254,8 @@ class TrainRecipe(Recipe):
     """Passes over the data; by default 1 where neither steps nor tokens are given."""
     tokens: int | None = Field(default=None, ge=1)
     """Tokens to train on, those of prompts counted."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the hidden numbers that are left out at random while training."""
     freeze: tuple[str, ...] = ()
     """Parameters that stay as they are, by patterns of their names such as `*embed_tokens*`."""
     ema: float | None = Field(default=None, gt=0, lt=1)

@@ -1,7 +1,7 @@
 """Stand-ins for the parts around the loop: a small encoder with dropout, and batches made by hand."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -59,3 +59,20 @@ def hashes_of(texts: Sequence[str]) -> NDArray[np.int64]:
     """Equal texts, equal hashes."""
     digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
     return np.frombuffer(b"".join(digests), dtype=np.int64).copy()
+
+
+class ListedBatches:
+    """A stream of batches that are made by number, from `start` on; `position` counts those given."""
+
+    def __init__(self, count: int, start: int = 0, pairs: int = 6, negatives: int = 2) -> None:
+        self._count = count
+        self._pairs = pairs
+        self._negatives = negatives
+        self.position = start
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        """The batches that are left."""
+        while self.position < self._count:
+            batch = tiny_batch(self._pairs, self._negatives, seed=self.position)
+            self.position += 1
+            yield batch
