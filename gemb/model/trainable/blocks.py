@@ -1,0 +1,202 @@
+"""What trainable backbones share: linear layers, attention, dropout and the way a layer is run.
+
+T packed tokens, D width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from gemb.model.kernels import Rotary
+from gemb.model.layout import Layout
+from gemb.model.trainable.functions import (
+    AttentionSettings,
+    Norm,
+    feed_forward,
+    norm_rows,
+    normed_linear,
+    packed_attention,
+)
+from gemb.model.trainable.parameters import Tensors, lay_together
+
+Recompute = Literal["nothing", "feed_forward", "layers"]
+"""What the backward pass computes again instead of keeping it: the first product of each feed-forward (an
+eighth more work, less than half of the memory), or each layer whole (a third more work)."""
+
+
+@dataclass(slots=True)
+class Computation:
+    """How a trainable backbone computes; may be changed between two batches."""
+
+    dtype: torch.dtype | None = None
+    """Of products and attention; None is that of the parameters. Norms and the stream stay in theirs."""
+    dropout: float = 0.0
+    """Share of numbers dropped from what each sub-layer brings back, and from the embeddings. Attention
+    scores are not dropped."""
+    recompute: Recompute = "nothing"
+    sparse_table: bool = True
+    """Whether the gradient of the token table holds only the rows that are used."""
+    trains: bool = True
+    """Whether dropout is on."""
+
+    def of(self, x: Tensor) -> torch.dtype:
+        """The dtype of products of `x`."""
+        return x.dtype if self.dtype is None else self.dtype
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout, where it is on."""
+        return F.dropout(x, self.dropout) if self.trains and self.dropout > 0 else x
+
+
+class TrainableBackbone(Protocol):
+    """Token ids to token states, differentiable."""
+
+    @property
+    def width(self) -> int:
+        """D of the states."""
+        ...
+
+    @property
+    def table(self) -> Tensors:
+        """The token embeddings."""
+        ...
+
+    def fuse(self) -> None:
+        """Lay parameters that are used together side by side, after they were moved or made anew."""
+        ...
+
+    def forward(self, ids: Tensor, layout: Layout, computation: Computation) -> Tensor:
+        """int64 ids[T] of packed texts -> states[T, D] in the dtype of the parameters."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The attention of a layer; `inputs` are query, key and value, or all three in one."""
+
+    inputs: Sequence[Tensors]
+    output: Tensors
+    settings: AttentionSettings
+    rotary: Rotary | None = None
+    query_gain: Tensors | None = None
+    key_gain: Tensors | None = None
+
+    def __call__(
+        self, x: Tensor, gain: Tensor | None, norm: Norm | None, layout: Layout, dtype: torch.dtype
+    ) -> Tensor:
+        """What attention brings back of norm(x) * gain: [T, D] -> [T, D] in the dtype of x."""
+        raw = normed_linear(
+            x, gain, norm, [part.matrix for part in self.inputs], [part.shift for part in self.inputs], dtype
+        )
+        query_gain, key_gain = (
+            None if part is None else part.matrix for part in (self.query_gain, self.key_gain)
+        )
+        turns = None if self.rotary is None else turns_of(self.rotary, layout, x.dtype)
+        mixed = packed_attention(raw, query_gain, key_gain, self.settings, layout, turns)
+        return linear(mixed, self.output, dtype).to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForward:
+    """The feed-forward of a layer; `inputs` are gate and up (or both in one), or up alone if not gated."""
+
+    inputs: Sequence[Tensors]
+    down: Tensors
+    activation: str
+    is_gated: bool = True
+
+    def __call__(
+        self,
+        x: Tensor,
+        gain: Tensor | None,
+        norm: Norm | None,
+        computation: Computation,
+        after_gain: Tensor | None = None,
+    ) -> Tensor:
+        """What it brings back of norm(x) * gain, normed with `after_gain` if given: [T, D] -> [T, D]."""
+        return feed_forward(
+            x,
+            gain,
+            norm,
+            [(part.matrix, part.shift) for part in self.inputs],
+            (self.down.matrix, self.down.shift),
+            activation_name=self.activation,
+            is_gated=self.is_gated,
+            after_gain=after_gain,
+            dtype=computation.of(x),
+            recomputes=computation.recompute == "feed_forward",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GatedLayer:
+    """Attention, then a gated feed-forward, each on a normed stream; Gemma norms what comes back too."""
+
+    attention: Attention
+    feed_forward: FeedForward
+    norm: Norm
+    attention_gain: Tensors | None
+    """Before attention; None where the first layer takes the stream as it is (ModernBERT)."""
+    feed_forward_gain: Tensors
+    after_attention: Tensors | None = None
+    after_feed_forward: Tensors | None = None
+
+    def __call__(self, x: Tensor, layout: Layout, computation: Computation) -> Tensor:
+        """Stream[T, D] -> stream[T, D]."""
+        gain = None if self.attention_gain is None else self.attention_gain.matrix
+        norm = None if gain is None else self.norm
+        back = self.attention(x, gain, norm, layout, computation.of(x))
+        if self.after_attention is not None:
+            back = norm_rows(back, self.after_attention.matrix, self.norm)
+        x = x + computation.drop(back)
+        after = None if self.after_feed_forward is None else self.after_feed_forward.matrix
+        back = self.feed_forward(x, self.feed_forward_gain.matrix, self.norm, computation, after)
+        return x + computation.drop(back)
+
+
+def linear(x: Tensor, layer: Tensors, dtype: torch.dtype) -> Tensor:
+    """x[T, I] through a layer, in `dtype`."""
+    bias = layer.shift
+    return F.linear(x.to(dtype), layer.matrix.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def run_layers(
+    layers: Sequence[Callable[[Tensor, Layout, Computation], Tensor]],
+    x: Tensor,
+    layout: Layout,
+    computation: Computation,
+) -> Tensor:
+    """The stream[T, D] through all layers, each kept or computed again as `computation` says."""
+    for layer in layers:
+        if computation.recompute == "layers" and torch.is_grad_enabled():
+            x = checkpoint(layer, x, layout, computation, use_reentrant=False)
+        else:
+            x = layer(x, layout, computation)
+    return x
+
+
+def fuse_layer(attention: Attention, feed_forward: FeedForward) -> None:
+    """Lay the weights of one input together."""
+    lay_together(attention.inputs)
+    lay_together(feed_forward.inputs)
+
+
+def turns_of(rotary: Rotary, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles of each token, [T, 1, C/2]; made once a batch.
+
+    The angles and their cosines are fp32, as in transformers, whatever `dtype` is.
+    """
+    key = (rotary, dtype)
+    if key not in layout.shared:
+        frequencies = rotary._frequencies.float().to(layout.positions.device)
+        distinct = torch.arange(max(1, layout.longest), device=layout.positions.device)
+        angles = distinct.float()[:, None] * frequencies
+        found = (part[layout.positions][:, None].to(dtype) for part in (angles.cos(), angles.sin()))
+        layout.shared[key] = tuple(part * rotary._factor for part in found)
+    turns: tuple[Tensor, Tensor] = layout.shared[key]
+    return turns

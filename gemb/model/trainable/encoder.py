@@ -1,0 +1,202 @@
+"""A model folder ready to be trained: packed token ids in, vectors with a graph out."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gemb.errors import MismatchError
+from gemb.model.families import FAMILIES, NotPacked
+from gemb.model.folder import DenseSettings, LayerNormSettings, ModelFolder, ModuleSpec
+from gemb.model.layout import Layout
+from gemb.model.trainable import bert, gated
+from gemb.model.trainable.blocks import Computation, Recompute, TrainableBackbone
+from gemb.model.trainable.parameters import ParameterTree, Tensors
+from gemb.model.trainable.pooling import pool
+from gemb.model.trainable.saving import SavedDtype, save_folder
+
+Precision = Literal["fp32", "bf16"]
+Step = Callable[[Tensor], Tensor]
+"""[B, D] -> [B, D']."""
+
+_BUILDERS: Mapping[str, Callable[[Mapping[str, Any], ParameterTree], TrainableBackbone]] = {
+    "bert": bert.bert,
+    "gemma2": gated.gemma2,
+    "gemma3": gated.gemma3,
+    "llama": gated.llama,
+    "modernbert": gated.modernbert,
+}
+"""By the file of the family in `gemb.model.families`."""
+
+
+class TrainableEncoder(nn.Module):
+    """The differentiable packed forward of one model folder.
+
+    Parameters are fp32 and called as in the files of the folder; those of a module after pooling begin with
+    its folder (`2_Dense.linear.weight`). Texts stand one after another, nothing is padded and no mask is
+    made, so that the vector of a text and its gradient do not depend on the other texts.
+    """
+
+    def __init__(self, folder: ModelFolder, computation: Computation) -> None:
+        super().__init__()
+        self.folder = folder
+        self.computation = computation
+        self._modes = folder.pooling.modes
+        self._include_prompt = folder.pooling.include_prompt
+        self._trees = {folder.transformer.folder: ""}
+        config = {"model_type": folder.family, **folder.text_config}
+        self._backbone = _backbone(folder, config, ParameterTree(self, folder.weights()))
+        self._steps = [
+            step for module in folder.modules[2:] if (step := self._step(module, folder.path)) is not None
+        ]
+        self._backbone.fuse()
+
+    @classmethod
+    def load(
+        cls,
+        folder: ModelFolder,
+        *,
+        device: str = "cpu",
+        precision: Precision = "fp32",
+        dropout: float = 0.0,
+        recompute: Recompute = "nothing",
+        sparse_table: bool = True,
+    ) -> Self:
+        """The model of `folder` on `device`, in training.
+
+        With `precision` bf16 products and attention are computed in bf16; parameters, norms and the stream
+        stay fp32. See `Computation` for the rest.
+
+        Raises MismatchError for a family that has no packed training, or quantised weights.
+        """
+        dtype = torch.bfloat16 if precision == "bf16" else None
+        return cls(folder, Computation(dtype, dropout, recompute, sparse_table)).to(device)
+
+    @property
+    def dims(self) -> int:
+        """D of the vectors."""
+        return self.folder.dims
+
+    @property
+    def table_name(self) -> str:
+        """The name of the token table among the parameters; its gradient is sparse if asked for."""
+        return next(
+            name for name, parameter in self.named_parameters() if parameter is self._backbone.table.matrix
+        )
+
+    def forward(
+        self,
+        ids: Tensor,
+        lengths: Tensor | NDArray[np.int32],
+        prompt_tokens: Tensor | NDArray[np.int32] | None = None,
+    ) -> Tensor:
+        """ids[T] of packed texts and their lengths[R] -> vectors[R, D] in the order of the texts.
+
+        `prompt_tokens`[R] says how many tokens of each text are its prompt; they are left out of pooling
+        where the folder asks for it. Raises ValueError if the lengths are not those of `ids`.
+        """
+        sizes = _as_array(lengths)
+        if len(sizes) == 0 or sizes.min() < 1 or int(sizes.sum()) != len(ids):
+            raise ValueError(f"lengths of {int(sizes.sum())} tokens for {len(ids)} ids; each is 1 at least")
+        order = np.argsort(-sizes, kind="stable")  # equal lengths side by side, longest first
+        ids, sizes = ids[_tokens_in_order(sizes, order).to(ids.device)], sizes[order]
+        skip = np.zeros_like(sizes)
+        if prompt_tokens is not None and not self._include_prompt:
+            skip = _as_array(prompt_tokens)[order]
+        device = self._backbone.table.matrix.device
+        layout = Layout.of(sizes, device=str(device))
+        self.computation.trains = self.training
+        states = self._backbone.forward(ids.to(device).long(), layout, self.computation)
+        vectors = pool(states, layout, sizes, skip, self._modes)
+        for step in self._steps:
+            vectors = step(vectors)
+        return vectors[torch.from_numpy(np.argsort(order)).to(device)]
+
+    def save(self, target: Path, *, dtype: SavedDtype = "float32") -> None:
+        """A whole folder at `target`: that of `folder` with the weights as they are now.
+
+        `dtype` "source" keeps each tensor's dtype of the source folder, which rounds where it is narrower.
+        `target` appears at once or not at all. Raises GembError if it exists or cannot be written.
+        """
+        values = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        save_folder(
+            self.folder, {place: _below(values, at) for place, at in self._trees.items()}, target, dtype
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and conversions of torch, after which parameters lie together again."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._backbone.fuse()
+        return self
+
+    def _step(self, module: ModuleSpec, root: Path) -> Step | None:
+        """One module after pooling."""
+        settings = module.settings
+        if module.kind == "normalize":
+            return F.normalize
+        prefix = f"{module.folder.relative_to(root).as_posix()}."
+        self._trees[module.folder] = prefix
+        tree = ParameterTree(self, module.weights(), prefix)
+        if isinstance(settings, DenseSettings):
+            return _dense(settings, tree)
+        if isinstance(settings, LayerNormSettings):
+            layer = tree.layer("norm")
+            return lambda x: F.layer_norm(x, (x.shape[-1],), layer.matrix, layer.shift)
+        return None
+
+
+def _backbone(folder: ModelFolder, config: Mapping[str, Any], tree: ParameterTree) -> TrainableBackbone:
+    place = folder.transformer.folder / "config.json"
+    if folder.config.get("quantization_config"):
+        raise MismatchError(
+            f"{place}: the weights are quantised and cannot be trained; "
+            "use the model that they were made from"
+        )
+    build = _BUILDERS.get(FAMILIES.get(config["model_type"], ""))
+    reason = f"training does not know the model type {config['model_type']!r}"
+    if build is not None:
+        try:
+            return build(config, tree)
+        except NotPacked as error:
+            reason = f"cannot be trained packed: {error}"
+    known = sorted(name for name, file in FAMILIES.items() if file in _BUILDERS)
+    raise MismatchError(f"{place}: {reason}; train a model of another type, one of {', '.join(known)}")
+
+
+def _dense(settings: DenseSettings, tree: ParameterTree) -> Step:
+    """A Dense module: `activation(weight @ x + bias)`, plus x where it is residual."""
+    dense = tree.layer("linear")
+    activation = getattr(nn, settings.activation)()
+    if not settings.residual:
+        return lambda x: activation(_linear(x, dense))
+    if settings.in_features == settings.out_features:
+        return lambda x: activation(_linear(x, dense)) + x
+    shortcut = tree.layer("residual")
+    return lambda x: activation(_linear(x, dense)) + _linear(x, shortcut)
+
+
+def _linear(x: Tensor, layer: Tensors) -> Tensor:
+    return F.linear(x, layer.matrix, layer.shift)
+
+
+def _as_array(numbers: Tensor | NDArray[np.int32]) -> NDArray[np.int32]:
+    array = numbers.cpu().numpy() if isinstance(numbers, Tensor) else numbers
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _tokens_in_order(lengths: NDArray[np.int32], order: NDArray[np.int64]) -> Tensor:
+    """int64[T], the packed places of the tokens of the texts in `order`."""
+    starts = (np.cumsum(lengths) - lengths)[order]
+    sizes = lengths[order]
+    shifts = np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
+    return torch.from_numpy(np.arange(len(shifts)) + shifts)
+
+
+def _below(values: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The values whose names begin with `prefix`, without it."""
+    return {name[len(prefix) :]: value for name, value in values.items() if name.startswith(prefix)}

@@ -1,0 +1,242 @@
+"""Trainable Gemma 2 and 3, T5Gemma's encoder, Qwen, Llama, Mistral, EuroBERT and ModernBERT.
+
+The rules of each family are those of its file in `gemb.model.families`; what is different here is that gains
+stay apart from the weights that follow them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from gemb.model.families import NotPacked, activation_of, prefix_of
+from gemb.model.families.gated import GEMMA_NORMS, Traits, layer_reaches, layer_type
+from gemb.model.families.rope import rotary
+from gemb.model.kernels import Rotary
+from gemb.model.layout import Layout
+from gemb.model.trainable.blocks import (
+    Attention,
+    Computation,
+    FeedForward,
+    GatedLayer,
+    fuse_layer,
+    run_layers,
+)
+from gemb.model.trainable.functions import AttentionSettings, Norm, embedded, norm_rows
+from gemb.model.trainable.parameters import ParameterTree, Tensors
+
+RotaryOf = Callable[[str, int], Rotary]
+"""Rotary positions by layer type and channels of a head."""
+
+# What transformers takes where config.json leaves it out.
+_GEMMA_DEFAULTS = {
+    "num_attention_heads": 8,
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+_T5GEMMA_NORMS = replace(
+    GEMMA_NORMS, before_attention="pre_self_attn_layernorm", after_attention="post_self_attn_layernorm"
+)
+
+
+class GatedBackbone:
+    """Token embeddings, layers and the final norm, differentiable."""
+
+    def __init__(
+        self,
+        *,
+        table: Tensors,
+        embedding_scale: float,
+        embedding_gain: Tensors | None = None,
+        layers: Sequence[GatedLayer],
+        final_gain: Tensors,
+        norm: Norm,
+    ) -> None:
+        self.table = table
+        self.width = table.matrix.shape[1]
+        self._embedding_scale = embedding_scale
+        self._embedding_gain = embedding_gain
+        self._layers = tuple(layers)
+        self._final_gain = final_gain
+        self._norm = norm
+
+    def fuse(self) -> None:
+        """Lay queries, keys and values together, and gate and up."""
+        for layer in self._layers:
+            fuse_layer(layer.attention, layer.feed_forward)
+
+    def forward(self, ids: Tensor, layout: Layout, computation: Computation) -> Tensor:
+        """int64 ids[T] of packed texts -> states[T, D] after the final norm."""
+        x = embedded(self.table.matrix, ids, self._embedding_scale, is_sparse=computation.sparse_table)
+        if self._embedding_gain is not None:
+            x = self._normed(x, self._embedding_gain)
+        x = run_layers(self._layers, computation.drop(x), layout, computation)
+        return self._normed(x, self._final_gain)
+
+    def _normed(self, x: Tensor, gain: Tensors) -> Tensor:
+        return norm_rows(x, gain.matrix, self._norm)
+
+
+def gemma3(config: Mapping[str, Any], tree: ParameterTree) -> GatedBackbone:
+    """Gemma 3 and EmbeddingGemma."""
+    given = {**_GEMMA_DEFAULTS, **config}
+
+    def rotary_of(kind: str, channels: int) -> Rotary:
+        if kind == "sliding_attention":
+            return rotary(given, channels, kind, theta_key="rope_local_base_freq", is_scaled=False)
+        return rotary(given, channels, kind, default_theta=1_000_000.0)
+
+    traits = Traits(
+        norms=GEMMA_NORMS,
+        gain_offset=1.0,
+        scales_embeddings=True,
+        norms_queries_and_keys=True,
+        score_scale=float(given["query_pre_attn_scalar"]) ** -0.5,
+    )
+    prefix = prefix_of(tree.weights, "layers.0.self_attn.q_norm.weight")
+    return _gated(given, tree, traits, prefix=prefix, rotary_of=rotary_of)
+
+
+def gemma2(config: Mapping[str, Any], tree: ParameterTree) -> GatedBackbone:
+    """Gemma 2, or the encoder of T5Gemma."""
+    given = {**_GEMMA_DEFAULTS, **config}
+    softcap = given["attn_logit_softcapping"]
+    traits = Traits(
+        norms=GEMMA_NORMS,
+        gain_offset=1.0,
+        scales_embeddings=True,
+        score_scale=float(given["query_pre_attn_scalar"]) ** -0.5,
+        softcap=None if softcap is None else float(softcap),
+    )
+    if given["model_type"] == "gemma2":
+        prefix = prefix_of(tree.weights, "layers.0.self_attn.q_proj.weight")
+    else:
+        traits = replace(traits, norms=_T5GEMMA_NORMS)
+        prefix = prefix_of(tree.weights, "encoder.layers.0.self_attn.q_proj.weight") + "encoder."
+    return _gated(given, tree, traits, prefix=prefix, rotary_of=lambda _, channels: rotary(given, channels))
+
+
+def llama(config: Mapping[str, Any], tree: ParameterTree) -> GatedBackbone:
+    """Llama, Mistral, EuroBERT, Qwen 2 or Qwen 3."""
+    return _gated(
+        {"hidden_act": "silu", **config},
+        tree,
+        Traits(norms_queries_and_keys=config["model_type"] == "qwen3"),
+        prefix=prefix_of(tree.weights, "layers.0.self_attn.q_proj.weight"),
+        rotary_of=lambda _, channels: rotary(config, channels),
+    )
+
+
+def _gated(
+    config: Mapping[str, Any],
+    tree: ParameterTree,
+    traits: Traits,
+    *,
+    prefix: str,
+    rotary_of: RotaryOf,
+) -> GatedBackbone:
+    """The backbone of a gated transformer whose tensors are called `prefix` and the usual names."""
+    norm = Norm(float(config.get("rms_norm_eps", 1e-6)), traits.gain_offset)
+    heads = int(config["num_attention_heads"])
+    activation = activation_of(config.get("hidden_activation") or config.get("hidden_act"))
+    rotaries: dict[tuple[str, int], Rotary] = {}
+    names = traits.norms
+
+    def gain(name: str | None, at: str) -> Tensors | None:
+        return None if name is None else tree.layer(f"{at}{name}")
+
+    layers = []
+    for index, reach in enumerate(layer_reaches(config)):
+        at = f"{prefix}layers.{index}."
+        query, key, value, output = (tree.layer(f"{at}self_attn.{part}_proj") for part in "qkvo")
+        gate, up, down = (tree.layer(f"{at}mlp.{part}_proj") for part in ("gate", "up", "down"))
+        channels = len(query.matrix) // heads
+        kind = (layer_type(reach), channels)
+        if kind not in rotaries:
+            rotaries[kind] = rotary_of(*kind)
+        settings = AttentionSettings(
+            heads=heads,
+            shared=len(key.matrix) // channels,
+            channels=channels,
+            scale=channels**-0.5 if traits.score_scale is None else traits.score_scale,
+            reach=reach,
+            softcap=traits.softcap,
+            norm=norm if traits.norms_queries_and_keys else None,
+        )
+        has_gains = traits.norms_queries_and_keys
+        attention = Attention(
+            (query, key, value),
+            output,
+            settings,
+            rotaries[kind],
+            tree.layer(f"{at}self_attn.q_norm") if has_gains else None,
+            tree.layer(f"{at}self_attn.k_norm") if has_gains else None,
+        )
+        layers.append(
+            GatedLayer(
+                attention,
+                FeedForward((gate, up), down, activation),
+                norm,
+                attention_gain=tree.layer(f"{at}{names.before_attention}"),
+                feed_forward_gain=tree.layer(f"{at}{names.before_feed_forward}"),
+                after_attention=gain(names.after_attention, at),
+                after_feed_forward=gain(names.after_feed_forward, at),
+            )
+        )
+    table = tree.layer(f"{prefix}embed_tokens")
+    return GatedBackbone(
+        table=table,
+        embedding_scale=table.matrix.shape[1] ** 0.5 if traits.scales_embeddings else 1.0,
+        layers=layers,
+        final_gain=tree.layer(f"{prefix}norm"),
+        norm=norm,
+    )
+
+
+def modernbert(config: Mapping[str, Any], tree: ParameterTree) -> GatedBackbone:
+    """ModernBERT: layer norms without bias; queries, keys and values in one matrix, and gate and up."""
+    prefix = prefix_of(tree.weights, "embeddings.tok_embeddings.weight")
+    if f"{prefix}final_norm.bias" in tree:
+        raise NotPacked("its norms have biases")
+    norm = Norm(float(config.get("norm_eps", 1e-5)), is_centred=True)
+    heads = int(config.get("num_attention_heads", 12))
+    channels = int(config["hidden_size"]) // heads
+    rotaries = {
+        "sliding_attention": rotary(config, channels, "sliding_attention", theta_key="local_rope_theta"),
+        "full_attention": rotary(
+            config, channels, "full_attention", theta_key="global_rope_theta", default_theta=160_000.0
+        ),
+    }
+    layers = []
+    for index, reach in enumerate(layer_reaches(config)):
+        at = f"{prefix}layers.{index}."
+        settings = AttentionSettings(heads, heads, channels, channels**-0.5, reach)
+        has_norm = f"{at}attn_norm.weight" in tree  # not in the first layer
+        layers.append(
+            GatedLayer(
+                Attention(
+                    (tree.layer(f"{at}attn.Wqkv"),),
+                    tree.layer(f"{at}attn.Wo"),
+                    settings,
+                    rotaries[layer_type(reach)],
+                ),
+                FeedForward(
+                    (tree.layer(f"{at}mlp.Wi"),),
+                    tree.layer(f"{at}mlp.Wo"),
+                    activation_of(config.get("hidden_activation", "gelu")),
+                ),
+                norm,
+                attention_gain=tree.layer(f"{at}attn_norm") if has_norm else None,
+                feed_forward_gain=tree.layer(f"{at}mlp_norm"),
+            )
+        )
+    return GatedBackbone(
+        table=tree.layer(f"{prefix}embeddings.tok_embeddings"),
+        embedding_scale=1.0,
+        embedding_gain=tree.layer(f"{prefix}embeddings.norm"),
+        layers=layers,
+        final_gain=tree.layer(f"{prefix}final_norm"),
+        norm=norm,
+    )

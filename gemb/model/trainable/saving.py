@@ -1,0 +1,121 @@
+"""A trained model as a folder: the files of its source, the weights anew.
+
+Only what a model needs is taken along: the files at the top and those of the module folders. Weights in other
+formats (pickles, ONNX, GGUF) would be those of the source, so they stay behind.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+import torch
+from torch import Tensor
+
+from gemb.errors import GembError, MachineError
+from gemb.files import atomic_write, fsync_folder, os_errors_explained, read_json, sync_to_disk, write_json
+from gemb.model.folder import ModelFolder
+from gemb.model.weights import Weights
+
+SavedDtype = Literal["float32", "source"]
+
+_WEIGHT_ENDINGS = frozenset({
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".ot", ".gguf",
+})  # fmt: skip
+_INDEX = "model.safetensors.index.json"
+
+
+def save_folder(
+    source: ModelFolder, values: Mapping[Path, Mapping[str, Tensor]], target: Path, dtype: SavedDtype
+) -> None:
+    """Write `target`, the folder of `source` with the tensors `values` by module folder and name.
+
+    A tensor of the source that is not among them is copied. The weights are spread over files as in the
+    source. Raises GembError if `target` exists or cannot be written; then nothing is left there.
+    """
+    with _appearing(target) as place:
+        for folder in {source.path, source.tokenizer_folder, *(module.folder for module in source.modules)}:
+            _copy_files(folder, place / folder.relative_to(source.path))
+        for folder, tensors in values.items():
+            _write_weights(Weights.read(folder), tensors, place / folder.relative_to(source.path), dtype)
+        if dtype == "float32":
+            _declare_fp32(place / source.transformer.folder.relative_to(source.path) / "config.json")
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """An empty folder that becomes `target` when the block ends well, and goes away otherwise."""
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise GembError(f"{target} exists; choose another path for the model, or move it away")
+    place = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    with os_errors_explained(target):
+        place.mkdir(parents=True)
+        try:
+            yield place
+            os.replace(place, target)
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+    fsync_folder(target.parent)
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy the files of one folder, those below it and weights left out."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()) if source.is_dir() else ():
+        if file.is_file() and file.suffix not in _WEIGHT_ENDINGS and file.name != _INDEX:
+            with atomic_write(target / file.name) as copy, file.open("rb") as original:
+                shutil.copyfileobj(original, copy)
+
+
+def _write_weights(weights: Weights, values: Mapping[str, Tensor], target: Path, dtype: SavedDtype) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    size_bytes = 0
+    for file in weights.files:
+        tensors = {}
+        for name in weights:
+            if weights.spec(name).file != file:
+                continue
+            original = weights.tensor(name)
+            tensor = values.get(name, original)
+            if original.is_floating_point():
+                tensor = tensor.to("cpu", torch.float32 if dtype == "float32" else original.dtype)
+            tensors[name] = tensor.contiguous()
+            size_bytes += tensor.numel() * tensor.element_size()
+        path = target / file.name
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise MachineError(
+                f"cannot write {path}: {error}; free some space, then run the same command again"
+            ) from error
+        with path.open("rb") as written:
+            sync_to_disk(written.fileno())
+    if len(weights.files) > 1:
+        _write_index(weights, target / _INDEX, size_bytes)
+
+
+def _write_index(weights: Weights, path: Path, size_bytes: int) -> None:
+    index = orjson.loads((weights.folder / _INDEX).read_bytes())
+    metadata = {**index.get("metadata", {}), "total_size": size_bytes}
+    write_json(path, {"metadata": metadata, "weight_map": index["weight_map"]})
+
+
+def _declare_fp32(path: Path) -> None:
+    """Let config.json say what dtype the weights have now; transformers loads them so."""
+    config = read_json(path)
+    parts: list[dict[str, Any]] = [config, *(part for part in config.values() if isinstance(part, dict))]
+    changed = False
+    for part in parts:
+        for key in ("dtype", "torch_dtype"):
+            if part.get(key) not in (None, "float32"):
+                part[key] = "float32"
+                changed = True
+    if changed:
+        write_json(path, config)
