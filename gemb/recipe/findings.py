@@ -17,7 +17,8 @@ def problems_in(
     messages: dict[Key, list[str]] = {}
     for finding in invalid.errors(include_url=False):
         key = _key_in(values, finding["loc"], missing=finding["type"] == "missing")
-        messages.setdefault(key, []).append(_message(cast("dict[str, Any]", finding), key, model))
+        owner = _model_at(model, finding["loc"][:-1])
+        messages.setdefault(key, []).append(_message(cast("dict[str, Any]", finding), key, owner))
     return [Problem(_joined(found), key, nearest(places, key)) for key, found in messages.items()]
 
 
@@ -65,28 +66,43 @@ _BOUNDS = {
 }
 
 
-def _message(finding: dict[str, Any], key: Key, model: type[Recipe]) -> str:
-    """One finding of pydantic as the style guide wants it: the value, the rule, the next step."""
+def _message(finding: dict[str, Any], key: Key, owner: type[Recipe] | None) -> str:
+    """One finding of pydantic as the style guide wants it: the value, the rule, the next step.
+
+    `owner` is the recipe class that holds the key.
+    """
     kind, value, context = finding["type"], shown(finding["input"]), finding.get("ctx", {})
     if kind == "extra_forbidden":
-        owner = _model_at(model, key[:-1])
         names = [key_of(name) for name in owner.model_fields] if owner else []
         return "no such key" + did_you_mean(str(key[-1]), names, listing="the keys are")
     if kind == "missing":
-        field = _field_at(model, key)
+        field = _field(owner, str(key[-1])) if owner and key else None
         return "missing" + (f": {_first_sentence(field.description)}" if field and field.description else "")
     if kind in _TYPES:
         return f"{value} {_TYPES[kind]}"
+    if kind == "union_tag_not_found":
+        return f"no {_unquoted(context['discriminator'])}, which says what kind it is"
+    if kind == "union_tag_invalid":
+        given = f"{_unquoted(context['discriminator'])} {shown(context['tag'])}"
+        return given + _no_choice(str(context["tag"]), context["expected_tags"])
     if kind == "literal_error":
-        choices = [choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")]
-        close = did_you_mean(str(finding["input"]), choices)
-        return f"{value} is not one of {', '.join(choices)}{close}"
+        return value + _no_choice(str(finding["input"]), context["expected"].replace(" or ", ", "))
     if kind == "value_error":
         return str(context["error"])
     if kind in _BOUNDS:
         return f"{value} {_BOUNDS[kind].format(next(iter(context.values())))}".removesuffix(".0")
     message = str(finding["msg"]).replace("Input should be", "must be").replace("Input should", "must")
     return f"{value} {message[0].lower()}{message[1:]}"
+
+
+def _no_choice(word: str, expected: str) -> str:
+    """` is not one of a, b; did you mean a?` for choices as pydantic lists them."""
+    choices = [_unquoted(choice) for choice in expected.split(", ")]
+    return f" is not one of {', '.join(choices)}{did_you_mean(word, choices)}"
+
+
+def _unquoted(word: str) -> str:
+    return str(word).strip("'")
 
 
 def _first_sentence(text: str) -> str:
@@ -103,21 +119,23 @@ def _models_in(annotation: object) -> Iterator[type[Recipe]]:
         yield from _models_in(part)
 
 
-def _field_at(model: type[Recipe], key: Key) -> FieldInfo | None:
-    owner = _model_at(model, key[:-1])
-    return _field(owner, str(key[-1])) if owner and key else None
-
-
 def _field(model: type[Recipe], key: str) -> FieldInfo | None:
     return next((field for name, field in model.model_fields.items() if key_of(name) == key), None)
 
 
-def _model_at(model: type[Recipe], key: Key) -> type[Recipe] | None:
-    """The recipe class that holds the keys below `key`."""
-    current: type[Recipe] | None = model
-    for part in key:
-        if isinstance(part, int) or current is None:
+def _model_at(model: type[Recipe], location: tuple[int | str, ...]) -> type[Recipe] | None:
+    """The recipe class at pydantic's `location`, which also names the branches of unions."""
+    current = [model]
+    for part in location:
+        if isinstance(part, int):
             continue  # the items of a list have the class that the field names
-        field = _field(current, part)
-        current = next(_models_in(field.annotation), None) if field else None
-    return current
+        branch = [one for one in current if len(current) > 1 and part in _branch_names(one)]
+        fields = [field for one in current if (field := _field(one, part))]
+        current = branch or [below for field in fields[:1] for below in _models_in(field.annotation)]
+    return current[0] if current else None
+
+
+def _branch_names(model: type[Recipe]) -> set[object]:
+    """What pydantic calls a class in a union: its name, or the value of the field that tells it."""
+    fields = model.model_fields.values()
+    return {model.__name__, *(value for field in fields for value in get_args(field.annotation))}
