@@ -287,6 +287,11 @@ class Writer:
         self._delete([entry.key for entry in known.values()])
         return [id_ for id_ in wanted if id_ not in known]
 
+    def keep(self, ids: Iterable[str]) -> None:
+        """Counts the documents with these ids as seen, so that `prune` leaves them."""
+        for entry in self._catalogue.known(list(dict.fromkeys(ids))).values():
+            self._see(entry.key)
+
     def prune(self) -> int:
         """Removes, at the next commit, every document that this pass has not seen; returns how many."""
         gone = self._catalogue.keys_not_in(self._seen)
@@ -358,6 +363,11 @@ class Writer:
     def documents(self) -> int:
         """How many documents the index has, those not yet published counted."""
         return self._state.documents
+
+    @property
+    def rows(self) -> int:
+        """How many rows they have: passages of long documents count."""
+        return self._state.rows
 
     def segments(self) -> list[SegmentEntry]:
         """The published segments."""
