@@ -276,8 +276,13 @@ class Lock:
             return
         # Removed while held: a process that opened this file before will find, once it has the lock,
         # that the path no longer leads to it, and start again with the new file.
+        # What lies at the path of a folder that was moved meanwhile is another holder's.
         try:
-            self.path.unlink(missing_ok=True)
+            mine = os.fstat(self._descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                on_path = self.path.stat()
+                if (on_path.st_dev, on_path.st_ino) == (mine.st_dev, mine.st_ino):
+                    self.path.unlink()
         finally:
             os.close(self._descriptor)
             self._descriptor = None

@@ -29,7 +29,7 @@ import orjson
 from numpy.typing import NDArray
 
 from gemb.errors import GembError, LockedError, MachineError, MismatchError, UnavailableError
-from gemb.files import explain_os_error, os_errors_explained, read_json
+from gemb.files import atomic_write, explain_os_error, os_errors_explained, read_json
 from gemb.store.blocks import DamagedError
 from gemb.store.documents import (
     Document,
@@ -49,6 +49,8 @@ from gemb.vectors.layout import DType
 DATABASE = "index.db"
 SEGMENTS = "segments"
 LOCK = "writer.lock"
+COMMITTED = f"{DATABASE}-committed"
+"""The number of the last commit, beside a journal that may hold it: SQLite drops damaged commits silently."""
 REPLACES = f"{DATABASE}-replaces"
 """The mark of a whole index that is about to take the place of another one."""
 OLD_RECORD, OLD_FORMAT = "gemb.json", "gemb index 1"
@@ -57,6 +59,8 @@ FORMAT = 1
 """PRAGMA user_version; a gemb reads its own, and `gemb.store.upgrade` makes older ones new."""
 APPLICATION = 0x67656D62  # "gemb", what `file` and other programs know the file by
 BUSY_SECONDS = 30.0
+OPENING_TRIES = 20
+"""How often a database that is replaced, or changes while it is copied, is opened again."""
 REST_SECONDS = 0.3
 """How long a writer that is done tries to leave one file; readers that stay connected keep it from that."""
 KEYS_A_QUERY = 500  # below SQLite's classical limit of 999 parameters
@@ -179,11 +183,15 @@ class Catalogue:
     It may be used by any thread, one at a time.
     """
 
-    def __init__(self, folder: Path, connection: sqlite3.Connection, temporary: Path | None = None) -> None:
+    def __init__(self, folder: Path, connection: sqlite3.Connection) -> None:
         self.folder = folder
         self.path = folder / DATABASE
+        self.identity = _identity(self.path)
+        """Tells the file from one that was put in its place."""
         self._connection = connection
-        self._temporary = temporary
+        self._reading: _Reading | None = None
+        self._generation = 0
+        self._noted = -1
 
     # ------------------------------------------------------------------ opening
 
@@ -210,7 +218,7 @@ class Catalogue:
         """The catalogue of an index, in WAL mode; the caller holds the writer's lock."""
         catalogue = cls(folder, _connect(folder / DATABASE, "rw"))
         try:
-            catalogue.check_format()
+            catalogue._check_opened(is_complete=True)
             catalogue._prepare_writing()
         except BaseException:
             catalogue.close()
@@ -218,69 +226,102 @@ class Catalogue:
         return catalogue
 
     @classmethod
-    def open_for_reading(cls, folder: Path) -> Catalogue:
+    def open_for_reading(cls, folder: Path, *, is_complete: bool = True) -> Catalogue:
         """The catalogue of an index, read-only; works on read-only media and while a writer is at work.
 
         A database whose journal cannot be read in place (a read-only folder with a `-wal` of a killed
         writer) is copied with it to a temporary folder: without the journal it would hide rows that were
         promised.
 
+        `is_complete` False takes what is left of an index whose last commits were lost.
+
         Raises UnavailableError if there is no index, GembError if it is none or unfinished, MismatchError
-        if a newer gemb wrote it.
+        if a newer gemb wrote it, DamagedError where a commit is missing.
         """
-        path = folder / DATABASE
         check_is_index(folder)
-        catalogue = cls(folder, _connect(path, "ro"))
+        reading = _Reading.open(folder / DATABASE)
+        catalogue = cls(folder, reading.connection)
+        catalogue._reading, catalogue.identity = reading, reading.stamp
         try:
-            catalogue.check_format()
-            return catalogue
-        except _CannotOpen:
-            catalogue.close()
-        except BaseException:
-            catalogue.close()
-            raise
-        journals = [journal for journal in _journals(path) if journal.exists()]
-        if journals:
-            temporary = Path(tempfile.mkdtemp(prefix="gemb-"))
-            with os_errors_explained(path, "read"):
-                for source in (path, *journals):
-                    if not source.name.endswith("-shm"):
-                        shutil.copy(source, temporary / source.name)
-            catalogue = cls(folder, _connect(temporary / DATABASE, "rw"), temporary)
-        else:
-            catalogue = cls(folder, _connect(path, "ro", "&immutable=1"))
-        try:
-            catalogue.check_format()
-        except _CannotOpen as error:
-            catalogue.close()
-            raise GembError(f"cannot read {path}: {error}; check its mode and its folder's") from error
+            catalogue._check_opened(is_complete=is_complete)
         except BaseException:
             catalogue.close()
             raise
         return catalogue
 
+    def _check_opened(self, *, is_complete: bool) -> None:
+        """Returns if this gemb reads the file and, where asked, no commit is missing."""
+        promised = self._promised() if is_complete else 0  # asked first: a writer may be at work
+        self.check_format()
+        generation = self.state().generation if is_complete else 0
+        if generation < promised:
+            raise self.damaged(
+                f"its last commit is number {generation}, but number {promised} was made; its journal "
+                f"{self.path.name}-wal was damaged, cut off or removed"
+            )
+
+    def _reopen(self) -> None:
+        """Opens the file again that is there now; nothing of the old one is remembered."""
+        check_is_index(self.folder)
+        reading = _Reading.open(self.path)
+        self.close()
+        self._connection, self._reading = reading.connection, reading
+        self.identity = reading.stamp
+        self._generation = 0
+        self._check_opened(is_complete=True)
+
     def close(self) -> None:
         """Lets go of the file."""
         with contextlib.suppress(sqlite3.Error):
             self._connection.close()
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        if self._reading is not None:
+            self._reading.remove_copy()
 
     def close_writing(self) -> None:
         """Closes after writing and leaves one whole file; its `-wal` stays where a reader is in the way."""
         deadline = time.monotonic() + REST_SECONDS
-        with contextlib.suppress(sqlite3.OperationalError):
+        with contextlib.suppress(sqlite3.Error):
             self._connection.execute("PRAGMA busy_timeout = 200")
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         while True:
             try:
                 mode = self._connection.execute("PRAGMA journal_mode = DELETE").fetchone()[0]
-            except sqlite3.OperationalError:
+            except sqlite3.Error:
                 mode = "wal"
             if mode == "delete" or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
         self.close()
+        if mode == "delete":
+            with contextlib.suppress(OSError):  # one that stays promises no more than there is
+                (self.folder / COMMITTED).unlink(missing_ok=True)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the file that is open is the one at its path."""
+        return _identity(self.path)[:2] == self.identity[:2]
+
+    def _promised(self) -> int:
+        """The number of the last commit, as it was noted beside the journal; 0 where none is noted."""
+        place = self.folder / COMMITTED
+        try:
+            with os_errors_explained(place, "read"):
+                number, _, crc = place.read_text("ascii", "replace").partition(" ")
+        except GembError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return 0
+            raise
+        if not number.isdecimal() or crc != f"{checksum(int(number)):08x}\n":
+            raise DamagedError(f"{place} is damaged: it tells no number of a commit; {advice(self.folder)}")
+        return int(number)
+
+    def _note_commit(self) -> None:
+        """Notes the number of the commit that was just made, so that it is missed if the journal is lost."""
+        generation = self.state().generation
+        if generation != self._noted:
+            with atomic_write(self.folder / COMMITTED) as file:
+                file.write(f"{generation} {checksum(generation):08x}\n".encode())
+            self._noted = generation
 
     def check_format(self) -> None:
         """Returns if this gemb reads the file.
@@ -325,6 +366,8 @@ class Catalogue:
                 )
             time.sleep(0.02)
         self._execute("PRAGMA synchronous = FULL")
+        self._execute("PRAGMA fullfsync = ON")  # for macOS, whose fsync stops at the drive's own cache
+        self._execute("PRAGMA checkpoint_fullfsync = ON")
         self._execute(f"PRAGMA cache_size = -{CACHE_KIB}")
 
     # ------------------------------------------------------------------ statements
@@ -341,8 +384,40 @@ class Catalogue:
         self.commit()
 
     def begin_snapshot(self) -> None:
-        """Begins to answer every question by one and the same generation, until `roll_back`."""
-        self._execute("BEGIN")
+        """Begins to answer every question by one and the same generation, until `roll_back`.
+
+        Where the file was replaced by another one since it was opened, that one answers from now on.
+
+        Raises DamagedError where commits that this object has seen are gone.
+        """
+        generation = self._snapshot()
+        if generation < self._generation:
+            self.roll_back()
+            raise self.damaged(
+                f"its last commit is number {generation}, but number {self._generation} was there; its "
+                f"journal {self.path.name}-wal was damaged, cut off or removed"
+            )
+        self._generation = generation
+
+    def _snapshot(self) -> int:
+        """Begins a snapshot of the file that is at the path now; the number of its last commit."""
+        for _ in range(OPENING_TRIES):
+            try:
+                self._execute("BEGIN")
+                generation = self.state().generation  # the first question takes the snapshot
+                if self._is_current():
+                    return generation
+                self.roll_back()
+            except GembError as error:
+                self.roll_back()
+                if self._is_current() and not isinstance(error, _CannotOpen):
+                    raise
+            self._reopen()
+        raise LockedError(f"{self.path} changes all the time; run the command again later")
+
+    def _is_current(self) -> bool:
+        """Whether what is open is what lies at its path; a folder that was moved away counts as such."""
+        return self._reading is None or self._reading.is_current(self.path)
 
     def begin(self) -> None:
         """Begins a change."""
@@ -355,6 +430,7 @@ class Catalogue:
         except BaseException:
             self.roll_back()
             raise
+        self._note_commit()
 
     def roll_back(self) -> None:
         """Takes back what was not committed."""
@@ -437,6 +513,14 @@ class Catalogue:
             if not matches(wanted, name, first, text, dead):
                 raise self.damaged(f"the entry of segment {name} does not match its checksum")
             found.append(SegmentEntry(SegmentRecord(**orjson.loads(text)), dead))
+        return found
+
+    def complete_segments(self) -> list[SegmentEntry]:
+        """What `segments` gives. Raises DamagedError where a segment is missing, told by the rows of all."""
+        found, rows = self.segments(), self.state().rows
+        live = sum(entry.live_rows for entry in found)
+        if live != rows:
+            raise self.damaged(f"its segments have {live:,} rows, but {rows:,} were committed")
         return found
 
     def checksums(self, record: SegmentRecord) -> dict[str, NDArray[np.uint32]]:
@@ -648,6 +732,30 @@ class Catalogue:
         found = [str(row[0]) for row in self._rows("PRAGMA integrity_check(20)")]
         return [] if found == ["ok"] else found
 
+    def schema_problems(self) -> list[str]:
+        """What is not as this gemb makes it: the header's marks of the file, tables, indexes and the view.
+
+        A search by words depends on the text of its table's declaration, which no other check compares.
+        """
+        found = []
+        with os_errors_explained(self.path, "read"), self.path.open("rb") as file:
+            modes = file.read(20)[18:]
+        if modes not in (b"\x01\x01", b"\x02\x02"):  # rollback journal, WAL
+            found.append(f"its header names the journal modes {modes.hex()}, not 0101 or 0202")
+        memory = sqlite3.connect(":memory:")
+        try:
+            memory.executescript(_SCHEMA + (_WORDS if self.settings().words else ""))
+            wanted = dict(memory.execute(_DECLARATIONS))
+        finally:
+            memory.close()
+        declared = dict(self._rows(_DECLARATIONS))
+        for name in sorted(wanted.keys() | declared.keys()):
+            if name.startswith("words_"):
+                continue  # FTS5's own, which differ with its version
+            if wanted.get(name) != declared.get(name):
+                found.append(f"the declaration of {name} is not the one that was written")
+        return found
+
     def words_problem(self) -> str | None:
         """What is wrong with the words, compared with the texts; the catalogue is open for writing."""
         try:
@@ -666,6 +774,7 @@ class Catalogue:
         return StoredDocument(key, Document(id_, text, title, orjson.loads(metadata)), content, count, places)
 
 
+_DECLARATIONS = "SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL"
 _SELECT_DOCUMENTS = (
     "SELECT documents.key, id, content, rows, checksum, title, metadata, spans, text "
     "FROM documents LEFT JOIN texts ON texts.key = documents.key"
@@ -678,6 +787,83 @@ class UnfinishedError(GembError):
 
 class _CannotOpen(GembError):
     """SQLite cannot open the file in place: no permission to make the files it needs beside it."""
+
+
+Stamp = tuple[int, ...]
+"""Device and inode of a file, and whatever else tells that it is as it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A connection for reading, and what tells that it still shows the file at its path.
+
+    `copy` is the temporary folder where the file was copied with its journal, to be read there.
+    `is_static` is True where SQLite itself would not notice a change.
+    """
+
+    connection: sqlite3.Connection
+    stamp: Stamp
+    is_static: bool
+    copy: Path | None = None
+
+    @classmethod
+    def open(cls, path: Path) -> _Reading:
+        """Opens the file in place where that is possible; else a copy, or as a file that nobody changes."""
+        for _ in range(OPENING_TRIES):
+            stamp = _full_stamp(path)
+            try:
+                reading = cls._open_in_place(path, stamp)
+            except _CannotOpen as error:
+                reading = cls._open_static(path, stamp, error)
+            if reading.is_current(path):
+                return reading
+            reading.connection.close()
+            reading.remove_copy()
+        raise LockedError(f"{path} changes all the time; run the command again later")
+
+    @classmethod
+    def _open_in_place(cls, path: Path, stamp: Stamp) -> _Reading:
+        connection = _connect(path, "ro")
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        except sqlite3.Error as error:
+            connection.close()
+            _explain(error, path.parent)
+        return cls(connection, stamp[:2], is_static=False)
+
+    @classmethod
+    def _open_static(cls, path: Path, stamp: Stamp, reason: _CannotOpen) -> _Reading:
+        journals = [journal for journal in _journals(path) if journal.exists()]
+        copy = None
+        try:
+            if journals:
+                copy = Path(tempfile.mkdtemp(prefix="gemb-"))
+                with os_errors_explained(path, "read"):
+                    for source in (path, *journals):
+                        shutil.copyfile(source, copy / source.name)
+            connection = _connect(copy / DATABASE, "rw") if copy else _connect(path, "ro", "&immutable=1")
+            try:
+                connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            except sqlite3.Error as error:
+                connection.close()
+                _explain(error, path.parent)
+        except BaseException as error:
+            if copy is not None:
+                shutil.rmtree(copy, ignore_errors=True)
+            if isinstance(error, _CannotOpen):
+                raise GembError(f"cannot read {path}: {reason}; check its mode and its folder's") from reason
+            raise
+        return cls(connection, stamp, True, copy)
+
+    def is_current(self, path: Path) -> bool:
+        """Whether this still shows the file at `path`; True where nothing is there any more."""
+        stamp = _full_stamp(path) if self.is_static else _identity(path)
+        return not stamp or stamp == self.stamp
+
+    def remove_copy(self) -> None:
+        """Removes the copy, if there is one."""
+        if self.copy is not None:
+            shutil.rmtree(self.copy, ignore_errors=True)
 
 
 def field_counts(metadata: str) -> dict[tuple[str, str], int]:
@@ -751,6 +937,27 @@ def _connect(path: Path, mode: str, extra: str = "") -> sqlite3.Connection:
     except sqlite3.Error as error:
         _explain(error, path.parent)
     return connection
+
+
+def _identity(path: Path) -> Stamp:
+    """Device and inode of a file; empty where it is not there."""
+    try:
+        state = path.stat()
+    except OSError:
+        return ()
+    return state.st_dev, state.st_ino
+
+
+def _full_stamp(path: Path) -> Stamp:
+    """Device and inode of a database, then sizes and times of it and its journals; empty where it is gone."""
+    found: list[int] = []
+    for part in (path, *_journals(path)):
+        try:
+            state = part.stat()
+        except OSError:
+            continue
+        found += [state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+    return tuple(found) if _identity(path) else ()
 
 
 def _journals(path: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gemb.errors import GembError, MismatchError
+from gemb.errors import GembError, MismatchError, UnavailableError
 from gemb.store import catalogue as catalogues
 from gemb.store.blocks import MissingFileError
 from gemb.store.candidates import LiveSegment, Queries
@@ -66,6 +66,7 @@ class Exported:
 class _View:
     state: State
     segments: list[LiveSegment]
+    identity: tuple[int, ...] = ()
 
 
 class Index:
@@ -282,7 +283,8 @@ class Index:
     def _refresh(self) -> None:
         """Brings the view to the generation of the snapshot at hand."""
         state = self._catalogue.state()
-        if state == self._view.state and self._view.state.generation:
+        identity = self._catalogue.identity  # another index that took this one's place may be at its number
+        if (state, identity) == (self._view.state, self._view.identity) and state.generation:
             for live in self._view.segments:
                 live.segment.refresh()
             return
@@ -291,7 +293,7 @@ class Index:
         segments = []
         opened: list[Segment] = []
         try:
-            for entry in self._catalogue.segments():
+            for entry in self._catalogue.complete_segments():
                 segment = open_ones.get(entry.record.name)
                 if segment is None:
                     segment = Segment(
@@ -314,7 +316,7 @@ class Index:
                 segment.refresh()
             else:
                 segment.close()
-        self._view = _View(state, segments)
+        self._view = _View(state, segments, identity)
 
     def _checked(self, vectors: NDArray[np.floating]) -> NDArray[np.float32]:
         """Unit queries[Q, D]."""
@@ -533,7 +535,11 @@ class _Looking:
             try:
                 index._refresh()
                 return
-            except MissingFileError:
+            except MissingFileError as error:
+                if not index.folder.exists():
+                    raise UnavailableError(
+                        f"there is no index {index.folder} any more; was it moved? open it where it is now"
+                    ) from error
                 seen = index._catalogue.state().generation
                 index._catalogue.roll_back()
                 index._catalogue.begin_snapshot()

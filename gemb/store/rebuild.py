@@ -7,6 +7,7 @@ verified before it takes the old one's place; the old one is kept under another 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from gemb.errors import GembError
 from gemb.files import Lock
 from gemb.store import catalogue as catalogues
-from gemb.store.blocks import BLOCK_BYTES, CheckedFile
+from gemb.store.blocks import BLOCK_BYTES, CheckedFile, DamagedError
 from gemb.store.catalogue import Catalogue, SegmentEntry, Settings, advice
 from gemb.store.documents import StoredDocument
 from gemb.store.replacement import free_name, put_in_place, settle, settle_missing
@@ -63,10 +64,16 @@ def rebuild(folder: Path | str, *, threads: int = 1, on_step: OnStep = lambda st
 
 def _save_intact(folder: Path, fresh: Path, threads: int, on_step: OnStep) -> tuple[int, int]:
     """Writes the new index; returns how many documents it has, and how many were committed to the old one."""
-    catalogue = Catalogue.open_for_reading(folder)
+    catalogue = Catalogue.open_for_reading(folder, is_complete=False)
     try:
-        settings, entries = catalogue.settings(), catalogue.segments()
-        committed = catalogue.state().documents
+        try:
+            settings, entries = catalogue.settings(), catalogue.segments()
+        except DamagedError as error:
+            raise DamagedError(
+                f"nothing can be saved of {folder}, whose catalogue tells no more what is in it: {error}; "
+                f"make it anew with gemb index INPUT -o {folder} --overwrite"
+            ) from error
+        committed = _committed(catalogue)
         with Writer.open(fresh, settings, threads=threads, on_step=on_step) as writer:
             for entry in entries:
                 for documents, stored in _intact(catalogue, settings, entry):
@@ -77,6 +84,16 @@ def _save_intact(folder: Path, fresh: Path, threads: int, on_step: OnStep) -> tu
             return writer.documents, committed
     finally:
         catalogue.close()
+
+
+def _committed(catalogue: Catalogue) -> int:
+    """How many documents the last commit had; those that are listed where that is not known any more."""
+    try:
+        return catalogue.state().documents
+    except DamagedError:
+        with contextlib.suppress(DamagedError):
+            return catalogue.count_documents()[0]
+    return 0
 
 
 def _intact(

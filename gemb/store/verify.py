@@ -131,7 +131,7 @@ def _check_all(catalogue: Catalogue, verdict: Verdict, on_file: Callable[[Path],
     verdict.bytes += catalogue.path.stat().st_size
     try:
         catalogue.begin_snapshot()
-        for problem in catalogue.integrity_problems():
+        for problem in catalogue.schema_problems() + catalogue.integrity_problems():
             verdict.faults.append(Fault(catalogue.path, problem))
         settings, entries = catalogue.settings(), catalogue.segments()
         _check_documents(catalogue, verdict)

@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +40,7 @@ from gemb.store.documents import (
     metadata_json,
 )
 from gemb.store.graph import GraphShape
-from gemb.store.segments import PASS_ROWS, Segment, SegmentRecord, SegmentWriter, spread
+from gemb.store.segments import PASS_ROWS, Checksums, Segment, SegmentRecord, SegmentWriter, spread
 from gemb.vectors import Int8Ranges, Layout, bad_rows, calibrate, cut
 
 GRAPH_ROWS = 20_000
@@ -97,6 +97,7 @@ class Writer:
     def __init__(self, folder: Path, lock: Lock, catalogue: Catalogue, threads: int, on_step: OnStep) -> None:
         self.folder = folder
         self.changes = Changes()
+        self._published_changes = Changes()
         self.settings = catalogue.settings()
         self._lock = lock
         self._catalogue = catalogue
@@ -134,8 +135,12 @@ class Writer:
         else:
             check_free(folder)
         with os_errors_explained(folder):
+            is_new = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             (folder / catalogues.SEGMENTS).mkdir(exist_ok=True)
+            if is_new:  # a commit puts what is in the folder on the disk, not the folder's own name
+                fsync_folder(folder)
+                fsync_folder(folder.absolute().parent)
         lock = Lock(folder / catalogues.LOCK, str(folder), wait_seconds, on_wait)
         lock.acquire()
         try:
@@ -177,8 +182,9 @@ class Writer:
             elif entry.metadata == metadata_json(document):
                 self.changes.unchanged += 1
             else:
-                self._begin()
-                self._catalogue.put_metadata(entry.key, document)
+                with self._all_or_nothing():
+                    self._begin()
+                    self._catalogue.put_metadata(entry.key, document)
                 self.changes.changed += 1
         return Compared(needed, repeated)
 
@@ -220,13 +226,10 @@ class Writer:
         )
         if twice is not None:
             raise GembError(f"the id {twice!r} comes twice in the input; ids are unique")
-        try:
+        with self._all_or_nothing():
             self._begin()
             stored, _ = self._calibrated(rows).store(rows)
             self._add(documents, keys_replaced, contents, spans, stored, counts)
-        except BaseException:
-            self._forget()
-            raise
         self.changes.changed += len(keys_replaced)
         self.changes.added += len(documents) - len(keys_replaced)
         if self._rows_since >= COMMIT_ROWS or time.monotonic() - self._committed_at > COMMIT_SECONDS:
@@ -263,7 +266,7 @@ class Writer:
         Their ids are new to this index.
         """
         counts = np.array([entry.rows for entry in documents], dtype=np.int64)
-        try:
+        with self._all_or_nothing():
             self._begin()
             self._add(
                 [entry.document for entry in documents],
@@ -273,9 +276,6 @@ class Writer:
                 stored,
                 counts,
             )
-        except BaseException:
-            self._forget()
-            raise
         self.changes.added += len(documents)
         if self._rows_since >= COMMIT_ROWS:
             self.commit()
@@ -304,20 +304,20 @@ class Writer:
     def commit(self) -> None:
         """Publishes what was changed: it is on the disk, and there for readers, when this returns."""
         if not self._catalogue.in_transaction:
+            self._published_changes = dataclasses.replace(self.changes)  # nothing but unchanged documents
             return
-        published = None
-        try:
+        with self._all_or_nothing():
+            self._check_place()
             if self._pending is not None:
-                published = self._pending.finish(self.settings.code_dims)
-                self._catalogue.put_segment(*published)
+                self._catalogue.put_segment(*self._pending.finish(self.settings.code_dims))
             self._mark_dead()
             self._state = dataclasses.replace(self._state, generation=self._state.generation + 1)
             self._catalogue.put_state(self._state)
+            # From here on the segment's files stay, whatever happens: a commit that a failing disk refused
+            # to confirm may be there when the journal is read anew. If it is not, they are swept.
+            self._pending = None
             self._catalogue.commit()
-        except BaseException:
-            self._forget()
-            raise
-        self._pending = None
+        self._published_changes = dataclasses.replace(self.changes)
         self._rows_since = 0
         self._committed_at = time.monotonic()
         self._merge_small()
@@ -344,9 +344,14 @@ class Writer:
 
     def abandon(self) -> None:
         """Gives the index back without publishing what was changed since the last commit."""
-        self._forget()
-        self._catalogue.close_writing()
-        self._lock.release()
+        try:
+            self._forget()
+            if self._catalogue.is_in_place:
+                self._catalogue.close_writing()
+            else:
+                self._catalogue.close()
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -422,8 +427,9 @@ class Writer:
             return
         if self._pending is not None and max(keys) >= self._first_pending_key:
             self.commit()  # a row that is not published yet has no place to be marked dead in
-        self._begin()
-        self._remove(keys)
+        with self._all_or_nothing():
+            self._begin()
+            self._remove(keys)
         self.changes.removed += len(keys)
 
     @property
@@ -514,6 +520,8 @@ class Writer:
     def _merge(self, group: list[SegmentEntry], shape: GraphShape | None) -> None:
         """Puts one segment in the place of neighbouring ones, without their dead rows."""
         total = _live(group)
+        is_committing = False
+        self._check_place()
         made = SegmentWriter(self.folder / catalogues.SEGMENTS, self.settings.layout())
         try:
             for entry in group:
@@ -522,7 +530,7 @@ class Writer:
                     self._copy_live(segment, entry, made, total)
                 finally:
                     segment.close()
-            published: tuple[SegmentRecord, Any] | None = None
+            published: tuple[SegmentRecord, Checksums] | None = None
             if made.rows:
                 published = made.finish(
                     self.settings.code_dims,
@@ -537,9 +545,12 @@ class Writer:
                     self._catalogue.put_segment(*published)
                 self._state = dataclasses.replace(self._state, generation=self._state.generation + 1)
                 self._catalogue.put_state(self._state)
+                is_committing = True
         except BaseException:
-            made.discard()
-            self._state = self._catalogue.state()
+            if not is_committing:  # for a commit that may be there nevertheless, see `commit`
+                made.discard()
+            with contextlib.suppress(GembError):
+                self._state = self._catalogue.state()
             raise
         if published is None:
             made.discard()
@@ -559,6 +570,23 @@ class Writer:
             segment.let_go(start, stop)
             self._on_step(Step("merging", made.rows, total))
 
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Drops what was changed since the last commit where the block fails."""
+        try:
+            yield
+        except BaseException:
+            self._forget()
+            raise
+
+    def _check_place(self) -> None:
+        """Returns if the index is still where it was opened: what lies at its path now may be another's."""
+        if not self._catalogue.is_in_place:
+            raise GembError(
+                f"{self.folder} was moved or replaced while it was written; what was committed before is "
+                "with it, run the command again"
+            )
+
     def _forget(self) -> None:
         """Drops what was changed since the last commit."""
         self._catalogue.roll_back()
@@ -567,16 +595,23 @@ class Writer:
             self._pending = None
         self._dead_keys = []
         self._rows_since = 0
+        for name in Changes.__slots__:
+            setattr(self.changes, name, getattr(self._published_changes, name))
         with contextlib.suppress(GembError):  # the error that led here is the one to tell
             self.settings = self._catalogue.settings()
             self._layout = self.settings.layout() if self._is_calibrated else None
             self._state = self._catalogue.state()
+            self._seen[self._state.next_key :] = False
 
     def _sweep(self) -> None:
         """Removes what no published segment owns: leftovers of a killed writer, segments that were merged."""
+        self._check_place()
         folder = self.folder / catalogues.SEGMENTS
-        named = {entry.record.name for entry in self._catalogue.segments()}
+        # A catalogue that lost a segment's entry must not cost its files too.
+        named = {entry.record.name for entry in self._catalogue.complete_segments()}
         with os_errors_explained(folder):
+            for path in self.folder.glob(f".{catalogues.COMMITTED}.*"):
+                path.unlink(missing_ok=True)  # of a writer that was killed while it noted a commit
             orphans = [path for path in folder.iterdir() if path.name not in named]
         for path in orphans:
             if path.is_dir() and not path.is_symlink():
