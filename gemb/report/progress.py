@@ -32,6 +32,8 @@ class Event:
     """Tokens computed so far by this run."""
     note: str = ""
     """What a person must know now (`out of memory; now 8,192 tokens a batch`): shown at once, on a line."""
+    detail: str = ""
+    """What else says how it goes (`loss 1.2345`): shown beside the count."""
 
 
 OnProgress = Callable[[Event], None]
@@ -121,9 +123,10 @@ def duration(seconds: float) -> str:
 
 
 def _count(event: Event) -> str:
-    """`1,200 of 5,000 rows`."""
+    """`1,200 of 5,000 rows`, or `12 of 500 steps, loss 1.2345`."""
     total = f" of {event.total:,}" if event.total is not None else ""
-    return f"{event.done:,}{total} {event.unit}"
+    detail = f", {event.detail}" if event.detail else ""
+    return f"{event.done:,}{total} {event.unit}{detail}"
 
 
 class _Lines:

@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +56,12 @@ def test_without_a_terminal_there_is_a_line_every_30_seconds() -> None:
     ]
 
 
+def test_a_detail_stands_beside_the_count() -> None:
+    events = [(0.0, Event("training", 0, 500, "steps")), (40.0, Event("training", 8, 500, "steps"))]
+    told = [(when, replace(event, detail="loss 1.2345")) for when, event in events]
+    assert run(told) == "training 8 of 500 steps, loss 1.2345, 0 steps/s, 41:00 left\n"
+
+
 def test_a_short_job_writes_no_line() -> None:
     assert run(every_second(29)) == ""
 
@@ -98,6 +105,7 @@ def test_json_with_verbose_is_an_object_a_second_and_the_end_of_every_stage() ->
         "unit": "rows",
         "tokens": None,
         "note": "",
+        "detail": "",
     }
 
 
