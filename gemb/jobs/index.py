@@ -1,41 +1,29 @@
-"""A searchable folder of documents: their vectors, their texts, and the fingerprint of the model.
+"""`gemb index`: documents into an index that can be searched, and kept like its input.
 
-    docs.gemb/
-      gemb.json        model, prompt, dims, rows, and what the other two were when the index was finished
-      vectors/         a folder of shards, as gemb embed writes it; rows are unit length
-      documents.jsonl  id, title and text of each row, in the order of the vectors
+    report = run(IndexRecipe(inputs=("docs.jsonl",), output=Path("docs.gemb")))
 
-`gemb.json` is written last, so a folder without it is unfinished; the same command goes on there. The search
-over it is exact. A catalogue that takes changes one by one, and a graph, come with a later issue.
+Records are compared with what the index has; only those that are new or changed are embedded, by the same
+windows as in `gemb embed`, and put into the index. An index that is there keeps its settings, so that the
+same command, run again, brings it up to date. `gemb.jobs.index_setup` looks everything up,
+`gemb.jobs.index_adding` does the work.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from __future__ import annotations
 
-import orjson
-from pydantic import Field
+from typing import ClassVar, Literal
 
-from gemb.errors import Exit, GembError, UnavailableError
-from gemb.files import Lock, atomic_write, file_digest, os_errors_explained, read_json, write_json
-from gemb.jobs import embed
-from gemb.jobs.reporting import ON_LONG_HINT
-from gemb.model.hub import DEFAULT_MODEL
-from gemb.recipe import ComputeRecipe, RecipeInput, RecipePath, resolved
-from gemb.report import Event, OnProgress, Report, ignore
-from gemb.text.records import ReadOptions, Reject, read_records, resolve_inputs
-from gemb.vectors import VectorFile, open_vectors
-from gemb.vectors.layout import MANIFEST
-from gemb.vectors.readers import LineIndex
+from pydantic import Field, field_validator
 
-FORMAT = "gemb index 1"
-RECORD = "gemb.json"
-VECTORS = "vectors"
-DOCUMENTS = "documents.jsonl"
-SHOWN_DIGITS = 12
-"""How much of a fingerprint people see."""
-_ROWS_BETWEEN_EVENTS = 1024
+from gemb.jobs.index_adding import Run, open_torch_engine
+from gemb.jobs.index_planning import make_plan
+from gemb.jobs.index_setup import OpenEngine, parse_passages, prepare
+from gemb.jobs.interrupts import Interrupts
+from gemb.jobs.setup import reject_limits
+from gemb.jobs.watch import Watch
+from gemb.recipe import ComputeRecipe, RecipeInput, RecipePath
+from gemb.report import OnProgress, Plan, Report, ignore
+
+__all__ = ["IndexRecipe", "OpenEngine", "plan", "run"]
 
 
 class IndexRecipe(ComputeRecipe):
@@ -44,9 +32,11 @@ class IndexRecipe(ComputeRecipe):
     kind: ClassVar[str] = "index"
 
     inputs: tuple[RecipeInput, ...] = ()
-    """Files, folders or patterns of documents, in this order."""
+    """Files, folders or patterns of documents, in this order; - is stdin."""
     output: RecipePath | None = None
     """The index folder; docs.gemb is a good name."""
+    input_format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "text", "document"] = "auto"
+    """How the inputs are laid out; auto goes by the suffix, and by the first character of a pipe."""
     text_field: str | None = None
     """The field that is searched; by default the first of text, contents, content, passage, body, sentence,
     document."""
@@ -55,48 +45,78 @@ class IndexRecipe(ComputeRecipe):
     id_field: str | None = None
     """The field that names a document; by default the first of id, _id, doc_id, docid, custom_id, else the
     line number."""
+    keep: str = "all"
+    """Which other fields are kept as metadata, for --where and to be shown: all, none, or names with commas
+    between."""
+    as_: str | None = None
+    """What the documents are, which chooses the model's prompt: document, a prompt's name, or none for no
+    prompt; by default document where the model has prompts."""
+    vectors: RecipePath | None = None
+    """Take these ready vectors and embed nothing: .npy, .parquet, .jsonl, .safetensors, .fbin or a folder of
+    gemb embed; texts come from the inputs, or from the same file."""
+    ids: RecipePath | None = None
+    """The ids of --vectors, one a line; by default those that gemb embed wrote beside them, else those of the
+    inputs."""
+    vector_field: str | None = None
+    """The column of a Parquet file that holds its vectors; by default embedding, embeddings or vector."""
+    passages: str | None = None
+    """How a long document is divided to be searched: auto (passages as long as the model takes), off (cut
+    there), TOKENS or TOKENS:OVERLAP; by default auto, or as the index has it."""
+    dims: int | None = Field(default=None, ge=1)
+    """Keep only so many leading dims of each vector (Matryoshka); by default all that the model gives."""
+    force: bool = False
+    """Allow dims that the model was not trained for, and more tokens than it declares."""
+    dtype: Literal["f16", "bf16", "f32", "int8"] | None = None
+    """How a stored number is written; by default f16, or as the index has it."""
+    prune: bool = False
+    """Remove documents that the input no longer has; not done when the input was not read to its end."""
+    compact: bool = True
+    """Merge small parts at the end and build the graph of large ones, which makes searches quick."""
     empty: Literal["error", "skip"] = "error"
-    """What becomes of an empty text: refuse the row, or leave it out; always counted."""
+    """What becomes of an empty text, or of white space: refuse the row, or leave it out; always counted."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What a refused row does: stop with its line and reason, or be left out while the job goes on and ends
-    with exit code 3."""
+    """What a refused row does: stop the job with its line and reason, or go to OUTPUT.rejects.jsonl while the
+    job goes on and ends with exit code 3."""
+    max_rejects: int | str | None = None
+    """Stop when more rows are refused than this number, or this share (5%); implies --on-error skip."""
+    limit_rows: int | None = Field(default=None, ge=1)
+    """Add or change at most so many documents in this run, then stop with exit code 4 if there are more; the
+    next run goes on there."""
+    max_seconds: float | None = Field(default=None, gt=0)
+    """Stop after about so many seconds, with exit code 4 if more is left; the next run goes on there."""
+    cache: RecipePath | None = None
+    """A folder that keeps vectors by content, so that a text embedded before costs nothing; several runs may
+    share it."""
     wait_lock: float = Field(default=0.0, ge=0)
-    """Seconds to wait while another run holds the index."""
+    """Seconds to wait while another run holds the output."""
+
+    @field_validator("max_rejects")
+    @classmethod
+    def _check_max_rejects(cls, value: int | str | None) -> int | str | None:
+        reject_limits(value)
+        return value
+
+    @field_validator("passages")
+    @classmethod
+    def _check_passages(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_passages(value, 1)
+        return value
+
+    @field_validator("keep")
+    @classmethod
+    def _check_keep(cls, value: str) -> str:
+        if not all(name.strip() for name in value.split(",")):
+            raise ValueError(f"{value!r} is neither all, none nor names of fields with commas between")
+        return value
 
 
-@dataclass(frozen=True)
-class Document:
-    """One row of an index, as it was read."""
+def plan(recipe: IndexRecipe, *, overwrite: bool = False) -> Plan:
+    """What `run` would do, for --dry-run: documents, tokens, sizes and device. Writes nothing.
 
-    id: str
-    title: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Index:
-    """A finished index, open for reading; row numbers of vectors and documents are the same."""
-
-    path: Path
-    record: dict[str, Any]
-    vectors: VectorFile
-    lines: LineIndex
-
-    @property
-    def model(self) -> str:
-        """The model's name, or its folder."""
-        return str(self.record["model"])
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the model that made the vectors; 64 hex digits."""
-        return str(self.record["fingerprint"])
-
-    def document(self, row: int) -> Document:
-        """The document of a row."""
-        (line,) = self.lines.lines(row, row + 1)
-        entry = orjson.loads(line)
-        return Document(entry["id"], entry["title"], entry["text"])
+    Raises GembError as `run` does before its model is loaded.
+    """
+    return make_plan(prepare(recipe, overwrite=overwrite, announce=lambda line: None))
 
 
 def run(
@@ -104,201 +124,19 @@ def run(
     on_progress: OnProgress = ignore,
     *,
     overwrite: bool = False,
-    open_engine: embed.OpenEngine | None = None,
+    open_engine: OpenEngine | None = None,
 ) -> Report:
-    """Make the index that the recipe says, or go on where an earlier run of it was stopped.
+    """Make the index that the recipe asks for, or bring the one that is there up to date.
 
-    `overwrite` replaces an index that exists, which can be searched until the new vectors are whole.
-    `open_engine` is for other engines than torch.
-    Raises GembError as gemb.jobs.embed does, and if `output` is something else than an index.
+    `overwrite` makes it anew beside the one that is there, which can be searched until the new one is
+    whole. `open_engine` is for other engines than torch.
+
+    Raises GembError with the exit codes of gemb embed; LockedError (6) while another run holds the index;
+    MismatchError (5) if it was made with another model, prompt, width or type; Interrupted after SIGINT or
+    SIGTERM, when all that is done is kept (only in the main thread).
     """
-    folder = recipe.output
-    if folder is None:
-        raise GembError("no output given; pass -o docs.gemb")
-    if "-" in recipe.inputs:
-        raise GembError(
-            "an index reads its documents twice, so it cannot read a pipe; save them to a file first"
-        )
-    _check_ours(folder)
-    with os_errors_explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with Lock(folder / "writer.lock", str(folder), wait_seconds=recipe.wait_lock):
-        embedded = embed.run(_embed_recipe(recipe), on_progress, overwrite=overwrite, open_engine=open_engine)
-        if embedded.exit_code not in (Exit.DONE, Exit.REJECTED):
-            return embedded
-        if (folder / RECORD).exists() and _is_whole(folder):
-            done = f"{folder}: already done; nothing has changed"
-            return Report(
-                title=done,
-                rows=_rows(embedded),
-                data=embedded.data,
-                outputs=[folder],
-                exit_code=embedded.exit_code,
-            )
-        _write_documents(recipe, folder, on_progress)
-        made = read_json(folder / VECTORS / RECORD)
-        record = {
-            "format": FORMAT,
-            "model": _model_name(recipe),
-            "fingerprint": made["request"]["model"],
-            "prompt": made["request"]["prompt"],
-            "recipe": resolved(recipe),
-            "vectors_manifest": file_digest(folder / VECTORS / MANIFEST),
-            "documents": file_digest(folder / DOCUMENTS),
-        }
-        with open_vectors(folder / VECTORS, verify=False) as vectors:
-            record |= {"rows": vectors.rows, "dims": vectors.dims}
-        write_json(folder / RECORD, record)
-    return Report(
-        title=f"indexed {record['rows']:,} documents into {folder}",
-        rows=_rows(embedded),
-        data={**embedded.data, "rows": record["rows"], "fingerprint": record["fingerprint"]},
-        outputs=[folder],
-        exit_code=embedded.exit_code,
-    )
-
-
-def open_index(path: Path) -> Index:
-    """The index at `path`, with sizes and counts checked.
-
-    Raises UnavailableError (7) if nothing is there, GembError if it is unfinished, damaged or no index.
-    """
-    if not path.exists():
-        raise UnavailableError(f"there is no index {path}; make one with gemb index INPUT -o {path}")
-    if not (path / RECORD).is_file():
-        if (path / VECTORS).exists() or (path / f"{VECTORS}.partial").exists():
-            raise GembError(f"{path} is not finished; run the gemb index command that began it again")
-        raise GembError(
-            f"{path} is no index: it has no {RECORD}; make one with gemb index INPUT -o NAME.gemb"
-        )
-    record = read_json(path / RECORD)
-    if record.get("format") != FORMAT:
-        if (path / MANIFEST).is_file():
-            raise GembError(
-                f"{path} holds vectors of gemb embed and no texts; "
-                "make an index with gemb index INPUT -o NAME.gemb"
-            )
-        raise GembError(f"{path / RECORD} is not {FORMAT!r}; it was not written by gemb, or by a newer one")
-    with os_errors_explained(path, "read"):
-        if not (path / DOCUMENTS).is_file():
-            raise GembError(f"{path / DOCUMENTS} is missing; run gemb index again with --overwrite")
-        if file_digest(path / VECTORS / MANIFEST) != record.get("vectors_manifest"):
-            raise GembError(
-                f"{path / VECTORS} has changed since {path / RECORD} was written; "
-                "run gemb index again with --overwrite"
-            )
-        vectors = open_vectors(path / VECTORS, verify=False)
-        lines = LineIndex(path / DOCUMENTS)
-    if not vectors.rows == lines.count == record["rows"]:
-        raise GembError(
-            f"{path} is damaged: {vectors.rows} vectors and {lines.count} documents, but {RECORD} says "
-            f"{record['rows']}; run gemb index again with --overwrite"
-        )
-    return Index(path, record, vectors, lines)
-
-
-def describe_index(path: Path) -> Report:
-    """What `gemb info` shows of an index."""
-    index = open_index(path)
-    prompt = index.record["prompt"]
-    rows = [
-        ("documents", f"{index.vectors.rows:,}"),
-        ("dims", str(index.vectors.dims)),
-        ("model", f"{index.model} ({index.fingerprint[:SHOWN_DIGITS]})"),
-        ("prompt", f"{prompt['name']}: {prompt['text']!r}"),
-        ("search", "exact"),
-    ]
-    data = {
-        "kind": "index",
-        "path": str(path),
-        "rows": index.vectors.rows,
-        "dims": index.vectors.dims,
-        "model": index.model,
-        "fingerprint": index.fingerprint,
-        "prompt": prompt,
-    }
-    return Report(title=f"{path}: an index of {index.vectors.rows:,} documents", rows=rows, data=data)
-
-
-def _check_ours(folder: Path) -> None:
-    """Return if `folder` is free to be an index. Raises GembError if it holds anything else."""
-    if folder.is_file():
-        raise GembError(f"{folder} is a file; an index is a folder, choose another name")
-    if not folder.is_dir():
-        return
-    ours = (RECORD, DOCUMENTS, "writer.lock")
-    names = [path.name for path in folder.iterdir()]
-    others = [name for name in names if name not in ours and not name.startswith(VECTORS)]
-    if others:
-        raise GembError(
-            f"{folder} exists and is no index: it has {', '.join(sorted(others)[:3])}; choose another name"
-        )
-
-
-def _embed_recipe(recipe: IndexRecipe) -> embed.EmbedRecipe:
-    """The part of the work that gemb embed does."""
-    shared = recipe.model_dump(exclude={"output"})
-    return embed.EmbedRecipe(
-        **shared,
-        output=(recipe.output or Path()) / VECTORS,
-        normalise=True,  # a dot product is then the cosine
-    )
-
-
-def _rows(embedded: Report) -> list[tuple[str, str]]:
-    """What the embedding has to say to people; its files are parts of the index and no use alone."""
-    # gemb index has no --on-long to point at.
-    return [(label, text.removesuffix(ON_LONG_HINT)) for label, text in embedded.rows if label != "files"]
-
-
-def _model_name(recipe: IndexRecipe) -> str:
-    """How a later search, from any folder, finds the model."""
-    name = recipe.model or DEFAULT_MODEL
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.is_dir() else name
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether gemb.json is about the vectors that are there."""
-    try:
-        open_index(folder).vectors.close()
-    except GembError:
-        return False
-    return True
-
-
-def _write_documents(recipe: IndexRecipe, folder: Path, on_progress: OnProgress) -> None:
-    """Write the documents of the vectors, by reading the input again.
-
-    Raises GembError if it holds other documents than before.
-    """
-    with (
-        open_vectors(folder / VECTORS, verify=False) as vectors,
-        atomic_write(folder / DOCUMENTS) as file,
-    ):
-        ids = vectors.iter_ids()
-        wanted = next(ids, None)
-        done = 0
-        for document in _documents(recipe):
-            if document.id != wanted:
-                continue  # rejected or left out by gemb embed, which has told it
-            entry = {"id": document.id, "title": document.title, "text": document.text}
-            file.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
-            wanted = next(ids, None)
-            done += 1
-            if done % _ROWS_BETWEEN_EVENTS == 0 or wanted is None:
-                on_progress(Event("storing texts", done, vectors.rows))
-        if wanted is not None:
-            raise GembError(
-                f"the input changed while it was indexed: it no longer has {wanted!r} in its place; "
-                "run the command again with --overwrite"
-            )
-
-
-def _documents(recipe: IndexRecipe) -> Iterator[Document]:
-    options = ReadOptions(
-        text_field=recipe.text_field, title_field=recipe.title_field, id_field=recipe.id_field
-    )
-    for record in read_records(resolve_inputs(recipe.inputs), options):
-        if not isinstance(record, Reject):
-            yield Document(record.id, record.title or "", record.text)
+    watch = Watch(on_progress)
+    with Interrupts("interrupted before any document of this run; nothing is lost") as interrupts:
+        with interrupts.at_once():
+            setup = prepare(recipe, overwrite=overwrite, announce=watch.note)
+        return Run(setup, watch, on_progress, interrupts, open_engine or open_torch_engine).run()

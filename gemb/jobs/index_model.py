@@ -1,4 +1,4 @@
-"""The model of an index, for the jobs; told in `gemb.retrieval.index_model`, because searching needs it too."""
+"""The model of an index, for the jobs; `gemb.retrieval.index_model` holds it, as searching needs it too."""
 
 from gemb.retrieval.index_model import SHOWN_DIGITS, find_encoder, lasting_name, record_of, shown_model
 

@@ -7,6 +7,7 @@ fingerprint, and not again while they stay as they are.
 from pathlib import Path
 
 from gemb.files import read_json, readable_bytes
+from gemb.jobs.index_info import describe_index, is_index
 from gemb.model.attention import describe, is_bidirectional, reach_of_layers
 from gemb.model.folder import DenseSettings, ModelFolder, fingerprint, read_folder
 from gemb.model.hub import find_model
@@ -38,9 +39,7 @@ def run(
     Raises GembError if it is nothing of this kind, or damaged.
     """
     path = Path(what).expanduser() if what is not None else None
-    if path is not None and (path / "gemb.json").is_file() and (path / "vectors").is_dir():
-        from gemb.jobs.index import describe_index
-
+    if path is not None and is_index(path):
         return describe_index(path)
     if path is not None and _holds_vectors(path):
         return _vectors(path)
