@@ -1,5 +1,6 @@
 """`gemb demo`: real documents embedded and searched on this machine."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,9 @@ def demo(
     from gemb.report import progress
 
     with progress(quiet=quiet, json=json) as on_progress:
-        report = job.run(
+        demonstration = job.run(
             output, on_progress, everything=everything, model=model, offline=offline, overwrite=overwrite
         )
-    show(report, json=json, quiet=quiet, product=True)
+    if not json:
+        demonstration.write_answers(sys.stdout)
+    show(demonstration.summary, json=json, product=True)

@@ -1,6 +1,5 @@
-"""`gemb search`: the documents of an index nearest in meaning to a question."""
+"""`gemb search`: the documents of an index nearest in meaning to a query."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,16 +16,32 @@ _K_HELP = f"{SearchRecipe.model_fields['k'].description}  [default: {SearchRecip
 
 
 def search(
-    index: Annotated[
-        Path | None, typer.Argument(metavar="INDEX", help="The index folder that gemb index made.")
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="INDEX... [QUERY]",
+            help="The index folders that gemb index made, then what to search for; - is stdin.",
+        ),
     ] = None,
-    query: Annotated[str | None, typer.Argument(metavar="QUESTION", help="The question.")] = None,
     k: Annotated[int | None, typer.Option("-k", "--k", help=_K_HELP, show_default=False)] = None,
+    where: Annotated[str | None, option(SearchRecipe, "where")] = None,
+    hybrid: Annotated[bool | None, option(SearchRecipe, "hybrid")] = None,
+    lexical: Annotated[bool | None, option(SearchRecipe, "lexical")] = None,
+    like: Annotated[str | None, option(SearchRecipe, "like", metavar="ID")] = None,
+    queries: Annotated[str | None, option(SearchRecipe, "queries", metavar="FILE")] = None,
+    vectors: Annotated[Path | None, option(SearchRecipe, "vectors")] = None,
+    min_score: Annotated[float | None, option(SearchRecipe, "min_score")] = None,
+    exact: Annotated[bool | None, option(SearchRecipe, "exact")] = None,
     as_: Annotated[str | None, option(SearchRecipe, "as_")] = None,
+    format_: Annotated[str | None, option(SearchRecipe, "format")] = None,
+    fail_empty: Annotated[bool | None, option(SearchRecipe, "fail_empty")] = None,
+    text_field: Annotated[str | None, option(SearchRecipe, "text_field")] = None,
+    id_field: Annotated[str | None, option(SearchRecipe, "id_field")] = None,
     model: Annotated[str | None, option(SearchRecipe, "model")] = None,
     device: Annotated[str | None, option(SearchRecipe, "device")] = None,
     precision: Annotated[str | None, option(SearchRecipe, "precision")] = None,
     threads: Annotated[int | None, option(SearchRecipe, "threads")] = None,
+    batch_tokens: Annotated[int | None, option(SearchRecipe, "batch_tokens")] = None,
     offline: Annotated[bool | None, option(SearchRecipe, "offline")] = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
@@ -37,25 +52,43 @@ def search(
 
     Example: gemb search docs.gemb "who wrote the first compiler?"
 
-    A terminal gets a table, a pipe gets one JSON object a hit.
+    The score is the cosine of query and document: higher is better, 1 the most. A terminal gets a table, a
+    pipe one JSON object a hit; without a query a terminal gets a prompt for many.
     """
     from gemb.jobs import search as job
 
+    has_queries = any(source is not None for source in (queries, vectors, like))
+    indexes, query = job.split_words(words or [], has_queries=has_queries)
     given: dict[str, object] = {
-        "index": index,
+        "indexes": tuple(indexes) or None,
         "query": query,
         "k": k,
+        "where": where,
+        "hybrid": hybrid,
+        "lexical": lexical,
+        "like": like,
+        "queries": queries,
+        "vectors": vectors,
+        "min_score": min_score,
+        "exact": exact,
         "as_": as_,
+        "format": format_,
+        "fail_empty": fail_empty,
+        "text_field": text_field,
+        "id_field": id_field,
         "model": model,
         "device": device,
         "precision": precision,
         "threads": threads,
+        "batch_tokens": batch_tokens,
         "offline": offline,
     }
     wanted = recipes.load(recipe, SearchRecipe, set_ or (), given)
-    with progress(quiet=quiet, json=json) as on_progress:
-        report = job.run(wanted, on_progress)
-    if json or sys.stdout.isatty():
-        show(report, json=json, product=True)
-    else:
-        sys.stdout.write(job.json_lines([report]).decode())
+    with progress(quiet=quiet or not job.is_batch(wanted), json=json) as on_progress:
+        if job.is_conversation(wanted, json=json):
+            from gemb.jobs.conversation import converse
+
+            converse(wanted, on_progress)
+            return
+        report = job.run(wanted, on_progress, json=json)
+    show(report, json=json, quiet=quiet or not job.is_batch(wanted))

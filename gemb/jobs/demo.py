@@ -12,14 +12,17 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TextIO, TypeAlias
 
 import orjson
 
 from gemb.errors import GembError, UnavailableError
 from gemb.files import atomic_write, os_errors_explained
-from gemb.jobs import index, search
-from gemb.report import Event, OnProgress, Report, Table, ignore
+from gemb.jobs import index
+from gemb.jobs.hits import Answer, write_table
+from gemb.jobs.index import IndexRecipe
+from gemb.jobs.search import Queries, Search, SearchRecipe
+from gemb.report import Event, OnProgress, Report, ignore
 
 DOCUMENTS = 5000
 """How many docstrings the demo reads; `everything` lifts the limit."""
@@ -29,7 +32,7 @@ Definition: TypeAlias = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 QUESTIONS = (
     "hide what I type when asking for a password",
     "the middle value of a list of numbers",
-    "let several threads take jobs from a queue in order of importance",
+    "take jobs from a queue in order of importance",
 )
 """Asked in other words than those of the answers: getpass, statistics.median, queue.PriorityQueue."""
 
@@ -49,6 +52,19 @@ class Docstring:
     text: str
 
 
+@dataclass(frozen=True)
+class Demo:
+    """What the demo has to say: an answer a question, and then what was done."""
+
+    answers: list[Answer]
+    summary: Report
+
+    def write_answers(self, output: TextIO) -> None:
+        """The answers for people, one table a question."""
+        for answer in self.answers:
+            write_table(answer, output)
+
+
 def run(
     folder: Path = Path("demo"),
     on_progress: OnProgress = ignore,
@@ -57,7 +73,7 @@ def run(
     model: str | None = None,
     offline: bool = False,
     overwrite: bool = False,
-) -> Report:
+) -> Demo:
     """Write, index and search the docstrings in `folder`; a second run finds the work done and only searches.
 
     Raises GembError as gemb.jobs.index does, and if this Python has no sources.
@@ -66,18 +82,15 @@ def run(
     name = "stdlib-all" if everything else "stdlib"
     documents, target = folder / f"{name}.jsonl", folder / f"{name}.gemb"
     count = _write(documents, everything, on_progress)
-    recipe = index.IndexRecipe(inputs=(str(documents),), output=target, model=model, offline=offline)
-    begun = time.monotonic()
+    # --prune: another version of Python has other docstrings.
+    recipe = IndexRecipe(inputs=(str(documents),), output=target, model=model, offline=offline, prune=True)
     indexed = index.run(recipe, on_progress, overwrite=overwrite)
-    indexed_in = time.monotonic() - begun
-    questions = search.SearchRecipe(index=target, model=model, offline=offline, k=3)
-    opened = index.open_index(target)
-    answers = search.search(opened, list(QUESTIONS), questions, on_progress)
+    indexed_at = time.monotonic()
+    answers, each = _ask(SearchRecipe(indexes=(target,), model=model, offline=offline, k=3), on_progress)
     seconds = time.monotonic() - started
-    version = sys.version.split()[0]
     rows = [
         *indexed.rows,
-        ("search", f"{float(str(answers[0].data['seconds'])) * 1000:.1f} ms a question, all rows compared"),
+        ("search", f"{1000 * each:.1f} ms a question, embedded and searched for"),
         ("texts", str(documents)),
         ("index", str(target)),
         ("now you", f"gemb search {target} 'your own question'"),
@@ -85,19 +98,33 @@ def run(
     data = {
         **indexed.data,
         "documents": count,
-        "index_seconds": round(indexed_in, 3),
+        "index_seconds": round(indexed_at - started, 3),
         "seconds": round(seconds, 3),
-        "answers": [answer.data for answer in answers],
+        "answers": [{"query": answer.query, "hits": answer.hits()} for answer in answers],
     }
-    done = "were embedded before; searched" if indexed.data.get("already_done") else "embedded and searched"
-    return Report(
-        title=f"{count:,} docstrings of Python {version} {done} in {seconds:.0f} s",
+    done = "embedded and searched" if _has_changed(indexed) else "were embedded before; searched"
+    summary = Report(
+        title=f"{count:,} docstrings of Python {sys.version.split()[0]} {done} in {seconds:.0f} s",
         rows=rows,
         data=data,
         outputs=[documents, target],
-        tables=[_table(answer) for answer in answers],
         exit_code=indexed.exit_code,
     )
+    return Demo(answers, summary)
+
+
+def _ask(recipe: SearchRecipe, on_progress: OnProgress) -> tuple[list[Answer], float]:
+    """The answers to QUESTIONS, and the seconds that each took once the model was loaded."""
+    with Search(recipe, on_progress) as search:
+        search.load()
+        started = time.monotonic()
+        answers = [answer for question in QUESTIONS for answer in search.answer(Queries([question]))]
+        return answers, (time.monotonic() - started) / len(QUESTIONS)
+
+
+def _has_changed(indexed: Report) -> bool:
+    """Whether this run embedded anything."""
+    return bool(indexed.data.get("added") or indexed.data.get("changed"))
 
 
 def docstrings(library: Path, *, everything: bool = False) -> Iterator[Docstring]:
@@ -198,14 +225,3 @@ def _encodes(text: str) -> bool:
 def _is_public(name: str) -> bool:
     """Whether no part of a dotted name is private; `__init__` and the like are public."""
     return not any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
-
-
-def _table(answer: Report) -> Table:
-    """An answer for people: the question, then score, name and first paragraph of the docstring."""
-    hits = answer.data["hits"]
-    rows = []
-    for hit in hits if isinstance(hits, list) else []:
-        rows.append(
-            (f"{hit['score']:.3f}", str(hit["id"]), search.snippet(str(hit["text"]).partition("\n\n")[0]))
-        )
-    return Table(("score", "docstring of", "text"), rows, title=answer.title, right_aligned=("score",))

@@ -8,7 +8,7 @@ from typing import TextIO
 import orjson
 
 from gemb.errors import GembError
-from gemb.report import Report, Table
+from gemb.report import Report, Table, terminal
 from gemb.report.result import write
 from gemb.retrieval.excerpts import excerpt
 from gemb.retrieval.several import Found, Ranking
@@ -87,6 +87,8 @@ def write_trec(answer: Answer, output: TextIO) -> None:
 def write_table(answer: Answer, output: TextIO) -> None:
     """The query, and a row a hit: scores, id, title, the sentence that fits the query best, metadata."""
     write(as_report(answer), output)
+    if not (terminal.is_interactive(output) or terminal.has_colour(output)):
+        output.write("\n")  # between answers; a table in colour ends with an empty line by itself
 
 
 WRITERS: Mapping[str, Callable[[Answer, TextIO], None]] = {

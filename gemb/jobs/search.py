@@ -1,28 +1,41 @@
-"""The documents of an index nearest in meaning to a question: exact cosine, all rows, in blocks.
+"""The documents of one index or several that fit a query: by meaning, by words, or by both.
 
-K dims, N documents, k hits.
+Queries come as a text, from a file in batches, as ready vectors, or as a document that is in the index.
+Q queries of a batch, D dims.
 """
 
-import textwrap
+import shlex
+import sys
 import time
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Literal, Self, TextIO
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 from pydantic import Field
 
-from gemb.errors import GembError, MismatchError
-from gemb.jobs.index import SHOWN_DIGITS, Index, open_index
-from gemb.model.folder import fingerprint, read_folder
-from gemb.model.hub import find_model
-from gemb.recipe import ComputeRecipe, RecipePath
-from gemb.report import Event, OnProgress, Report, Table, ignore
-from gemb.vectors import VectorFile, cut
+from gemb.engine.opening import stdout_guarded
+from gemb.errors import Exit, GembError
+from gemb.jobs.hits import WRITERS, Answer
+from gemb.recipe import ComputeRecipe, RecipeInput, RecipePath
+from gemb.report import Event, OnProgress, Report, ignore
+from gemb.retrieval.index import like, open_stored, ranking_of
+from gemb.retrieval.queries import QueryEncoder, check_query, check_shared
+from gemb.retrieval.several import Found, Wanted, parse_where, search_all
+from gemb.store.catalogue import DATABASE
+from gemb.text.inputs import STDIN
+from gemb.text.records import ReadOptions, Record, Reject, read_records, resolve_inputs
+from gemb.vectors import open_vectors
 
-BLOCK_ROWS = 16_384
-SNIPPET_CHARACTERS = 160
+BATCH_QUERIES = 256
+"""Queries that are embedded and searched for together."""
+NAMED_QUERIES = 3
+"""How many queries without a hit a message names."""
 
 
 class SearchRecipe(ComputeRecipe):
@@ -30,129 +43,292 @@ class SearchRecipe(ComputeRecipe):
 
     kind: ClassVar[str] = "search"
 
-    index: RecipePath | None = None
-    """The index folder that gemb index made."""
-    query: str = ""
-    """The question."""
+    indexes: tuple[RecipePath, ...] = ()
+    """The index folders that gemb index made; several must have been made by the same model."""
+    query: str | None = None
+    """What to search for; - is stdin."""
+    queries: RecipeInput | None = None
+    """A file of queries, in any format of gemb embed: answered in batches, each hit with its query's id."""
+    vectors: RecipePath | None = None
+    """A file of ready query vectors, as gemb embed --as query writes it; no model is loaded."""
+    like: str | None = None
+    """Search for the neighbours of the document with this id, without itself; no model is loaded."""
     k: int = Field(default=10, ge=1)
     """How many documents to show."""
-    as_: str = "query"
-    """What the question is, which chooses the model's prompt: query, a prompt's name, or none."""
+    as_: str | None = None
+    """The prompt of the query, by its name in the model, or none; by default what the index has recorded."""
+    where: str | None = None
+    """Only documents whose metadata fit, as in: year >= 2020 and lang in ('en', 'de')."""
+    hybrid: bool = False
+    """Rank by meaning and by words together; the score that is shown stays the cosine."""
+    lexical: bool = False
+    """Rank by words alone (BM25); no model is loaded."""
+    exact: bool = False
+    """Compare every row instead of the candidates of the first stage."""
+    min_score: float | None = Field(default=None, ge=-1, le=1)
+    """Leave out documents with a smaller cosine."""
+    format: Literal["auto", "table", "jsonl", "trec"] = "auto"
+    """How hits are written; auto is a table on a terminal and one JSON object a hit in a pipe."""
+    text_field: str | None = None
+    """The field of a file of queries that holds the query; by default the first of text, contents, content,
+    passage, body, sentence, document."""
+    id_field: str | None = None
+    """The field that names a query; by default the first of id, _id, doc_id, docid, custom_id, else the line
+    number."""
+    fail_empty: bool = False
+    """End with exit code 8 when nothing is found for a query."""
 
 
-def run(recipe: SearchRecipe, on_progress: OnProgress = ignore) -> Report:
-    """The k nearest documents, best first; of equal scores the one that was indexed first.
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """Some queries: texts[Q], or vectors[Q, D] with empty texts; ids[Q] where they have any."""
 
-    Raises UnavailableError if index or model are not there, MismatchError if they do not belong together.
+    texts: Sequence[str]
+    ids: Sequence[str] | None = None
+    vectors: NDArray[np.float32] | None = None
+
+
+class Search:
+    """Indexes that are open, and the model of their queries; each answer sees what is published by then."""
+
+    def __init__(self, recipe: SearchRecipe, on_progress: OnProgress = ignore) -> None:
+        """Opens what `recipe` names, but loads no model. Raises GembError for what does not go together."""
+        _check(recipe)
+        self.recipe = recipe
+        self.names = [str(path) for path in recipe.indexes]
+        with ExitStack() as opened:
+            self.indexes = [
+                opened.enter_context(open_stored(path, recipe.threads)) for path in recipe.indexes
+            ]
+            if not recipe.lexical:
+                check_shared(self.indexes)
+            self.check()
+            self._encoder = QueryEncoder(
+                self.indexes[0],
+                model=recipe.model,
+                device=recipe.device,
+                precision=recipe.precision,
+                threads=recipe.threads,
+                batch_tokens=recipe.batch_tokens,
+                offline=recipe.offline,
+                announce=lambda line: on_progress(Event("downloading", 0, note=line)),
+            )
+            opened.callback(self._encoder.close)
+            self._opened = opened.pop_all()
+
+    def check(self) -> None:
+        """Returns if the recipe goes together and fits the indexes. Raises GembError if not."""
+        _check(self.recipe)
+        self._wanted(self.recipe)
+
+    def load(self) -> None:
+        """Loads the model now, instead of for the first query."""
+        with stdout_guarded():
+            self._encoder.load()
+
+    def answer(self, queries: Queries) -> list[Answer]:
+        """One answer a query."""
+        recipe = self.recipe
+        wanted = self._wanted(recipe)
+        vectors = queries.vectors
+        if vectors is None and wanted.ranking != "lexical":
+            with stdout_guarded():
+                vectors = self._encoder.embed(queries.texts, as_=recipe.as_)
+        found = search_all(self.indexes, wanted, texts=queries.texts, vectors=vectors)
+        ids: Sequence[str | None] = queries.ids or [None] * len(found)
+        return [
+            Answer(id_, text, hits, self.names, wanted.ranking)
+            for id_, text, hits in zip(ids, queries.texts, found, strict=True)
+        ]
+
+    def answer_like(self, id_: str) -> Answer:
+        """The neighbours of a stored document."""
+        (index,) = self.indexes
+        found = [Found(0, hit) for hit in like(index, id_, self._wanted(self.recipe))]
+        return Answer(None, f"like {id_}", found, self.names, "vector")
+
+    def close(self) -> None:
+        """Lets go of indexes and model."""
+        self._opened.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _wanted(self, recipe: SearchRecipe) -> Wanted:
+        where = None if recipe.where is None else parse_where(recipe.where, self.indexes)
+        ranking = ranking_of(hybrid=recipe.hybrid, lexical=recipe.lexical)
+        return Wanted(recipe.k, ranking, where, recipe.exact, recipe.min_score)
+
+
+def split_words(words: Sequence[str], *, has_queries: bool) -> tuple[list[str], str | None]:
+    """Indexes and query of `gemb search INDEX... [QUERY]`; the query is None where there is none.
+
+    The last word is the query, unless it is the only one, an index, or `has_queries` says that the queries
+    come from elsewhere.
+
+    Raises GembError for a query of several words.
     """
-    if recipe.index is None:
-        raise GembError("no index given; gemb search docs.gemb 'a question'")
-    if not recipe.query.strip():
-        raise GembError(f"the question is empty; gemb search {recipe.index} 'a question'")
-    return search(open_index(recipe.index), [recipe.query], recipe, on_progress)[0]
-
-
-def search(
-    index: Index, queries: list[str], recipe: SearchRecipe, on_progress: OnProgress = ignore
-) -> list[Report]:
-    """One report a query; the model is loaded once."""
-    vectors = _embed(index, queries, recipe, on_progress)
-    started = time.perf_counter()
-    scores, rows = nearest(index.vectors, vectors, recipe.k)
-    seconds = (time.perf_counter() - started) / len(queries)
-    return [_report(index, query, scores[place], rows[place], seconds) for place, query in enumerate(queries)]
-
-
-def nearest(
-    documents: VectorFile, queries: NDArray[np.float32], k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Scores [Q, k] and rows [Q, k] of the k documents with the largest dot products, best first.
-
-    `queries` is float32[Q, K]. k is cut to the number of documents; of equal scores the smaller row wins.
-    """
-    k = min(k, documents.rows)
-    scores = np.empty((len(queries), 0), np.float32)
-    rows = np.empty((len(queries), 0), np.int64)
-    for start in range(0, documents.rows, BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, documents.rows)
-        block = queries @ documents.block(start, stop).T  # [Q, rows of the block]
-        scores = np.concatenate([scores, block], axis=1)
-        numbers = np.broadcast_to(np.arange(start, stop, dtype=np.int64), block.shape)
-        rows = np.concatenate([rows, numbers], axis=1)
-        # Stable, and rows stand in ascending order among equals, so that the smaller row stays in front.
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        scores, rows = np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
-    return scores, rows
-
-
-def json_lines(reports: Iterable[Report]) -> bytes:
-    """The hits of each report, one JSON object a line, for a pipe."""
-    lines = []
-    for report in reports:
-        hits = report.data["hits"]
-        if isinstance(hits, list):
-            lines += [orjson.dumps(hit, option=orjson.OPT_APPEND_NEWLINE) for hit in hits]
-    return b"".join(lines)
-
-
-def _embed(
-    index: Index, queries: list[str], recipe: SearchRecipe, on_progress: OnProgress
-) -> NDArray[np.float32]:
-    """Unit vectors [Q, K] of the queries, by the model of the index."""
-    name = recipe.model or index.model
-
-    def announce(line: str) -> None:
-        on_progress(Event("downloading", 0, note=line))
-
-    folder = read_folder(find_model(name, offline=recipe.offline, announce=announce))
-    found = fingerprint(folder)
-    if found != index.fingerprint:
-        raise MismatchError(
-            f"{index.path} holds vectors of the model {index.model} ({index.fingerprint[:SHOWN_DIGITS]}), "
-            f"but {name} is {found[:SHOWN_DIGITS]}; search with the model that made the index, "
-            "or index the documents again"
+    *first, last = words or [""]
+    if has_queries or not first or is_index(last):
+        return [*words], None
+    loose = next((word for word in first[1:] if not Path(word).exists() and "." not in word), None)
+    if loose is not None and is_index(first[0]):
+        query = shlex.quote(" ".join([*first[1:], last]))
+        raise GembError(
+            f"{loose} is no index; a query of several words stands in quotes: gemb search {first[0]} {query}"
         )
-    from gemb.engine.encoder import Encoder  # here, because it loads torch
-
-    encoder = Encoder.load(
-        folder.path, device=recipe.device, precision=recipe.precision, threads=recipe.threads
-    )
-    vectors = encoder.embed(queries, as_=recipe.as_)
-    return cut(vectors, index.vectors.dims, normalise=True)
+    return first, last
 
 
-def _report(
-    index: Index, query: str, scores: NDArray[np.float32], rows: NDArray[np.int64], seconds: float
+def is_index(path: Path | str) -> bool:
+    """Whether a folder looks like an index."""
+    return (Path(path) / DATABASE).is_file()
+
+
+def is_batch(recipe: SearchRecipe) -> bool:
+    """Whether the queries come from a file."""
+    return recipe.queries is not None or recipe.vectors is not None
+
+
+def is_conversation(recipe: SearchRecipe, *, json: bool = False) -> bool:
+    """Whether to ask for queries one by one: there is none, and a person sits before a terminal."""
+    has_query = recipe.query is not None or recipe.like is not None or is_batch(recipe)
+    return not (has_query or json) and _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
+
+
+def run(
+    recipe: SearchRecipe,
+    on_progress: OnProgress = ignore,
+    *,
+    output: TextIO | None = None,
+    json: bool = False,
 ) -> Report:
-    hits: list[dict[str, object]] = []
-    table = []
-    for rank, (score, row) in enumerate(zip(scores, rows, strict=True), 1):
-        document = index.document(int(row))
-        hits.append({
-            "rank": rank,
-            "score": round(float(score), 6),
-            "id": document.id,
-            "title": document.title,
-            "text": document.text,
-        })  # fmt: skip
-        table.append(
-            (f"{score:.3f}", document.id, _title(document.title, document.id), snippet(document.text))
-        )
-    has_titles = any(title for _, _, title, _ in table)
-    columns = ("score", "id", "title", "text") if has_titles else ("score", "id", "text")
-    shown = table if has_titles else [(score, id_, text) for score, id_, _, text in table]
+    """Answers the queries and writes the hits to `output`, by default stdout; the report counts them.
+
+    With `json` nothing is written: the hits of the one query are in the report's data.
+
+    Raises GembError for a recipe that does not go together and for a bad query, UnavailableError (7) if
+    index or model are not there, MismatchError (5) if they do not belong together.
+    """
+    output = output or sys.stdout
+    if output is None:
+        raise GembError("stdout is closed, so there is no place for the hits; leave it open")
+    if json and is_batch(recipe):
+        raise GembError("--json is one object for one query; leave it out, a pipe gets one object a hit")
+    form = recipe.format if recipe.format != "auto" else "table" if output.isatty() else "jsonl"
+    started = time.perf_counter()
+    count = hits = 0
+    empty: list[str] = []
+    data: dict[str, Any] = {}
+    with Search(recipe, on_progress) as search:
+        for answers in _answers(search):
+            for answer in answers:
+                count += 1
+                hits += len(answer.found)
+                if not answer.found:
+                    empty.append(answer.query_id or answer.query)
+                if json:
+                    data |= {"query": answer.query, "hits": answer.hits()}
+                else:
+                    WRITERS[form](answer, output)
+            output.flush()
+            on_progress(Event("searching", count, unit="queries"))
+    seconds = time.perf_counter() - started
     return Report(
-        title=query,
-        data={"query": query, "index": str(index.path), "hits": hits, "seconds": round(seconds, 6)},
-        tables=[Table(columns, shown, right_aligned=("score",))],
+        title=f"answered {count:,} {'query' if count == 1 else 'queries'} in {seconds:.1f} s",
+        rows=[("hits", f"{hits:,}"), *([("without a hit", _named(empty))] if empty else [])],
+        data={
+            "indexes": search.names,
+            **data,
+            "queries": count,
+            "found": hits,
+            "without_hits": len(empty),
+            "seconds": round(seconds, 6),
+        },
+        exit_code=Exit.GATE if empty and recipe.fail_empty else Exit.DONE,
     )
 
 
-def _title(title: str, id_: str) -> str:
-    """The title, unless it only repeats the id."""
-    return "" if title == id_ else title
+def _is_terminal(stream: TextIO | None) -> bool:
+    """Whether `stream` is open and a terminal."""
+    return stream is not None and stream.isatty()
 
 
-def snippet(text: str) -> str:
-    """The beginning of a text on one line, cut at a word."""
-    return textwrap.shorten(text, SNIPPET_CHARACTERS, placeholder=" …")
+def _answers(search: Search) -> Iterator[list[Answer]]:
+    recipe = search.recipe
+    if recipe.like is not None:
+        yield [search.answer_like(recipe.like)]
+        return
+    for queries in _queries(recipe):
+        yield search.answer(queries)
+
+
+def _queries(recipe: SearchRecipe) -> Iterator[Queries]:
+    """The queries, a batch at a time."""
+    if recipe.queries is not None:
+        yield from _queries_in_file(recipe, recipe.queries)
+    elif recipe.vectors is not None:
+        with open_vectors(recipe.vectors) as vectors:
+            for ids, block in vectors.blocks(BATCH_QUERIES):
+                yield Queries([""] * len(ids), ids, block)
+    else:
+        text = recipe.query
+        if text is None or text == STDIN:
+            text = _from_stdin(recipe)
+        check_query(text)
+        yield Queries([text])
+
+
+def _queries_in_file(recipe: SearchRecipe, name: str) -> Iterator[Queries]:
+    options = ReadOptions(text_field=recipe.text_field, id_field=recipe.id_field, use_titles=False)
+    records = read_records(resolve_inputs([name]), options)
+    while batch := list(islice(records, BATCH_QUERIES)):
+        good: list[Record] = []
+        for record in batch:
+            if isinstance(record, Reject):
+                raise GembError(f"{record}; correct the queries")
+            good.append(record)
+        yield Queries([record.text for record in good], [record.id for record in good])
+
+
+def _from_stdin(recipe: SearchRecipe) -> str:
+    index = recipe.indexes[0]
+    if sys.stdin is None or sys.stdin.isatty():
+        raise GembError(f"no query given; gemb search {index} 'what to search for'")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise GembError(f"stdin is not UTF-8 text (byte {error.start}); pass a text as the query") from error
+
+
+def _check(recipe: SearchRecipe) -> None:
+    """Returns if the parts of `recipe` go together. Raises GembError for the first two that do not."""
+    if not recipe.indexes:
+        raise GembError("no index given; gemb search docs.gemb 'what to search for'")
+    sources = {
+        "a query": recipe.query is not None,
+        "--queries": recipe.queries is not None,
+        "--vectors": recipe.vectors is not None,
+        "--like": recipe.like is not None,
+    }
+    given = [name for name, is_given in sources.items() if is_given]
+    if len(given) > 1:
+        raise GembError(f"{given[0]} and {given[1]} are two things to search for; choose one")
+    if recipe.query is not None and recipe.query != STDIN:
+        check_query(recipe.query)
+    for name in ("hybrid", "lexical"):
+        if getattr(recipe, name) and given and given[0] in ("--vectors", "--like"):
+            raise GembError(f"--{name} needs the words of the query; leave it or {given[0]} out")
+    if recipe.like is not None and len(recipe.indexes) > 1:
+        raise GembError("--like looks for the neighbours of a document in its own index; name one index")
+
+
+def _named(queries: Sequence[str]) -> str:
+    """How many queries, and which."""
+    names = ", ".join(queries[:NAMED_QUERIES])
+    return f"{len(queries):,}: {names}{', ...' if len(queries) > NAMED_QUERIES else ''}"

