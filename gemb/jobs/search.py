@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from gemb.engine.opening import stdout_guarded
 from gemb.errors import Exit, GembError
 from gemb.jobs.hits import WRITERS, Answer
 from gemb.recipe import ComputeRecipe, RecipeInput, RecipePath
@@ -123,6 +122,8 @@ class Search:
 
     def load(self) -> None:
         """Loads the model now, instead of for the first query."""
+        from gemb.engine.opening import stdout_guarded
+
         with stdout_guarded():
             self._encoder.load()
 
@@ -132,6 +133,8 @@ class Search:
         wanted = self._wanted(recipe)
         vectors = queries.vectors
         if vectors is None and wanted.ranking != "lexical":
+            from gemb.engine.opening import stdout_guarded  # here, because a search by words needs none of it
+
             with stdout_guarded():
                 vectors = self._encoder.embed(queries.texts, as_=recipe.as_)
         found = search_all(self.indexes, wanted, texts=queries.texts, vectors=vectors)
