@@ -344,10 +344,10 @@ def _passage(value: Mapping[str, object], column: str, lookup: Lookup | None) ->
         if title is not None and not isinstance(title, str):
             raise _UnusableError(f'the title in "{column}" is {_kind(title)}, not a text')
         return Text(text, title or None)
-    identifier = next((value[key] for key in _ID_KEYS if key in value), None)
-    if identifier is None:
+    key = next((key for key in _ID_KEYS if key in value), None)
+    if key is None:
         raise _UnusableError(f'"{column}" holds an object without "text" and without an id')
-    return _document(identifier, column, lookup)
+    return _document(value[key], column, lookup)
 
 
 def _document(identifier: object, column: str, lookup: Lookup | None) -> Text:

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from gemb.recipe import Recipe, RecipeInput
+from gemb.text.prompts import NONE
 
 Shape = Literal["pairs", "scored", "labelled"]
 """What a row is: a query with its positives and negatives; two texts and a score; one text and its label."""
@@ -78,12 +79,16 @@ class RolePrompts(Recipe):
     """The prompt of positives and negatives, and of the second texts of scored pairs."""
 
 
+NO_PROMPTS = RolePrompts(query=NONE, passage=NONE)
+"""What `prompts: none` stands for."""
+
+
 class DataSet(Recipe):
     """One data set; every batch is drawn from one of them."""
 
     path: RecipeInput | tuple[RecipeInput, ...]
     """Files of rows (.jsonl, .csv, .tsv, .parquet, also .gz and .zst), patterns, or one BEIR folder."""
-    prompts: Literal["none"] | RolePrompts
+    prompts: RolePrompts
     """The prompt of each role, {query: ..., passage: ...}, or none for no prompts at all."""
     name: str | None = None
     """What reports call it; by default the name of its first file or folder."""
@@ -111,6 +116,11 @@ class DataSet(Recipe):
     """Labelled texts only: mark the texts of an example, so that other examples are no false negatives."""
     limit: int | None = Field(default=None, ge=1)
     """Usable rows to take, from the first on; by default all."""
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _expand_none(cls, value: object) -> object:
+        return {"query": NONE, "passage": NONE} if value == NONE else value
 
     @field_validator("path")
     @classmethod
@@ -158,6 +168,7 @@ def check_shares(data: tuple[DataSet, ...], settings: MixtureSettings) -> None:
 
 
 __all__ = [
+    "NO_PROMPTS",
     "ColumnNames",
     "DataSet",
     "MixtureSettings",

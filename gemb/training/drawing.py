@@ -23,6 +23,7 @@ from gemb.training.permutation import Permutation, key_of, random64
 
 _AHEAD = 256  # places of the order that are computed at once
 _SPARE_BATCHES = 4  # batches of examples that may wait for one in which they repeat nothing
+_HOPELESS_EPOCHS = 100  # one good batch an epoch is enough, and by chance an epoch of a few rows has none
 _TRIES = 16  # at finding a partner with another text; then the label's own second text is taken
 
 
@@ -93,16 +94,17 @@ class Draws:
     def batch(self) -> list[Draw]:
         """The next `size` examples.
 
-        Raises GembError if no batch of a whole epoch has anything to tell a positive from.
+        Raises GembError if for many epochs no batch has anything to tell a positive from.
         """
-        for _ in range(self._rows.size // self._size + 2):
-            batch = self._next()
+        for _ in range(_HOPELESS_EPOCHS * (self._rows.size // self._size + 1)):
+            batch, repeated = self._next()
             if not self._needs_negatives or _has_negatives(batch):
+                self._repeated += repeated
                 return batch
             self._without_negatives += 1
         raise GembError(
-            f"{self._rows.name}: no batch of a whole epoch has a negative, since the examples of each repeat "
-            "one text; shuffle in other data, or give hard negatives"
+            f"{self._rows.name}: for {_HOPELESS_EPOCHS} epochs the examples of each batch repeated one text, "
+            "so that there was nothing to tell a positive from; add other rows, or hard negatives"
         )
 
     def draw(self, number: int) -> Draw:
@@ -126,8 +128,8 @@ class Draws:
         last = min((block + 1) * _AHEAD, self._rows.size)
         return self._order(epoch).at(np.arange(block * _AHEAD, last))
 
-    def _next(self) -> list[Draw]:
-        """`size` examples, of which no two share a text as far as that is possible.
+    def _next(self) -> tuple[list[Draw], int]:
+        """`size` examples, no two of which share a text as far as that is possible, and how many do.
 
         An example that repeats a text waits for the next batch. At most four batches of them may wait; then,
         or after so many fresh draws, the oldest fill the batch, and are counted. So a batch costs a bounded
@@ -153,9 +155,8 @@ class Draws:
                 repeats.append(draw)
         missing = self._size - len(batch)
         batch += repeats[:missing]
-        self._repeated += min(missing, len(repeats))
         self._waiting = deque(chain(repeats[missing:], candidates))
-        return batch
+        return batch, missing
 
     def _partners(self, number: int, row: int, example: Example) -> tuple[Text, ...]:
         """A labelled text, another of its label, and some of other labels, as Gecko pairs them.

@@ -288,8 +288,6 @@ def templates(data: DataSet, prompts: Prompts) -> tuple[Template, Template]:
 
     Raises MismatchError for a name that is none of the model's prompts.
     """
-    if data.prompts == NONE:
-        return prompts.template(NONE), prompts.template(NONE)
     found = []
     for role in ("query", "passage"):
         wanted: str | PromptText = getattr(data.prompts, role)

@@ -11,7 +11,7 @@ from struct import pack
 import numpy as np
 from numpy.typing import NDArray
 
-_ROUNDS = 6  # four are enough for large n (Luby and Rackoff 1988); the halves of a small n have few bits
+_ROUNDS = 12  # four are enough for large n (Luby and Rackoff 1988); six left the orders of 4 rows uneven
 
 
 class Permutation:
