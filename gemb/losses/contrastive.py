@@ -5,13 +5,23 @@ process is row `offset + i` of all. Symbols of the formulas: s a cosine, t the t
 """
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from gemb.losses.all_sizes import (
+    Rows,
+    add_gradient,
+    add_pair_gradient,
+    cosines,
+    pair_cosines,
+    row_blocks,
+)
 from gemb.losses.candidates import Direction, Guide, Masks
-from gemb.losses.prefixes import check_sizes, unit
+from gemb.losses.prefixes import check_sizes, promoted
 
 GECKO: tuple[Direction, ...] = ("query_to_query",)
 """Other rows' queries are negatives too (Gecko, arXiv 2403.20327; SamToNe, 2306.02516, on the query side)."""
@@ -77,70 +87,44 @@ def contrastive(
     """
     sizes = check_sizes(sizes, queries.shape[1])
     _check(queries, positives, negatives, owner, offset, all_queries, also, temperature, hardness)
-    masks = Masks(
-        rows=len(positives),
-        device=queries.device,
+    weights = [1.0] * len(sizes) if weights is None else weights
+    if len(weights) != len(sizes):
+        raise ValueError(f"{len(weights)} weights stand against {len(sizes)} Matryoshka sizes")
+    if negatives is not None and not len(negatives):
+        negatives = None
+    directions: list[Direction] = ["query_to_positive", *also]
+    if negatives is not None and negatives_of == "all":
+        directions.append("query_to_negative")
+        if "positive_to_positive" in also:
+            directions.append("positive_to_negative")
+    ascending = sorted(range(len(sizes)), key=sizes.__getitem__)
+    form = _Form(
+        sizes=tuple(sizes[k] for k in ascending),
+        weights=tuple(weights[k] for k in ascending),
+        directions=tuple(directions),
+        own_negatives=negatives is not None and negatives_of == "own",
         offset=offset,
         owner=owner,
-        query_hashes=query_hashes,
-        positive_hashes=positive_hashes,
-        negative_hashes=negative_hashes,
-        guide=guide,
+        masks=Masks(
+            rows=len(positives),
+            device=queries.device,
+            offset=offset,
+            owner=owner,
+            query_hashes=query_hashes,
+            positive_hashes=positive_hashes,
+            negative_hashes=negative_hashes,
+            guide=guide,
+        ),
+        temperature=temperature,
+        hardness=hardness,
+        hardened=hardened,
     )
-    rows = torch.arange(len(queries), device=queries.device)
-    losses = []
-    for size in sizes:
-        units = {
-            "query": unit(queries if all_queries is None else all_queries, size),
-            "positive": unit(positives, size),
-        }
-        anchors = {
-            "query": unit(queries, size),
-            "positive": units["positive"][offset : offset + len(queries)],
-        }
-        directions: list[Direction] = ["query_to_positive", *also]
-        if negatives is not None:
-            units["negative"] = unit(negatives, size)
-            if negatives_of == "all":
-                directions.append("query_to_negative")
-                if "positive_to_positive" in also:
-                    directions.append("positive_to_negative")
-        logits = []
-        for direction in directions:
-            anchor, candidate = direction.split("_to_")
-            scores = anchors[anchor] @ units[candidate].T
-            block = scores / temperature
-            if direction == "query_to_positive":
-                positive = block[rows, rows + offset]
-                if hardened != "own":
-                    boost = hardness * scores.detach()
-                    boost[rows, rows + offset] = 0
-                    block = block + boost
-            if direction == "query_to_negative" and owner is not None:
-                own = owner == (rows + offset)[:, None]
-                boosted = {"own": own, "in_batch": ~own, "all": torch.ones_like(own)}[hardened]
-                block = block + hardness * scores.detach() * boosted
-            mask = masks.left_out(direction, 0, len(queries))
-            if mask is not None:
-                block = block.masked_fill(mask, -torch.inf)
-            logits.append(block)
-        if negatives is not None and owner is not None and negatives_of == "own":
-            local = owner - offset
-            kept = (local >= 0) & (local < len(queries))
-            left = masks.own_left_out()
-            if left is not None:
-                kept &= ~left
-            local = local[kept]
-            scores = (anchors["query"][local] * units["negative"][kept]).sum(1)
-            if hardened != "in_batch":
-                scores = scores / temperature + hardness * scores.detach()
-            else:
-                scores = scores / temperature
-            block = scores.new_full((len(queries), len(scores)), -torch.inf)
-            block = block.index_put((local, torch.arange(len(scores), device=scores.device)), scores)
-            logits.append(block)
-        losses.append((torch.logsumexp(torch.cat(logits, dim=1), dim=1) - positive).mean())
-    return torch.stack(losses)
+    embeddings = (
+        None if rows is None else promoted(rows) for rows in (queries, all_queries, positives, negatives)
+    )
+    with torch.autocast(queries.device.type, enabled=False):
+        terms: Tensor = _Contrastive.apply(form, *embeddings)  # type: ignore[no-untyped-call]
+    return terms[[ascending.index(k) for k in range(len(sizes))]]
 
 
 def samtone(
@@ -226,3 +210,213 @@ def _check(
         raise ValueError(f"temperature is {temperature}, not above 0")
     if not hardness >= 0:
         raise ValueError(f"hardness is {hardness}, not 0 or more")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Form:
+    """Everything about a loss but its embeddings."""
+
+    sizes: tuple[int, ...]
+    """Ascending."""
+    weights: tuple[float, ...]
+    directions: tuple[Direction, ...]
+    own_negatives: bool
+    """Each row has its own hard negatives beside the directions' candidates."""
+    offset: int
+    owner: Tensor | None
+    masks: Masks
+    temperature: float
+    hardness: float
+    hardened: Literal["own", "in_batch", "all"]
+
+    @property
+    def harder(self) -> float:
+        """What the hardness weight multiplies a logit with: (s / t + a * s) / (s / t)."""
+        return 1 + self.hardness * self.temperature
+
+    def made_harder(self, direction: Direction, start: int, stop: int, like: Tensor) -> Tensor | None:
+        """Which candidates of local rows start..stop get the hardness weight, as like[..., C]; None: none."""
+        rows = torch.arange(self.offset + start, self.offset + stop, device=like.device)[:, None]
+        if direction == "query_to_positive" and self.hardened != "own":
+            return rows != torch.arange(like.shape[-1], device=like.device)
+        if direction == "query_to_negative" and self.owner is not None:
+            own = rows == self.owner
+            return {"own": own, "in_batch": ~own, "all": torch.ones_like(own)}[self.hardened]
+        return None
+
+
+SAFE_EXPONENT = 60.0
+"""Up to here exponentials are summed as they are: exp(60) times a million candidates fits float32, exp(-60)
+is not subnormal. Beyond, each row's largest logit is taken off first, which costs two more passes."""
+
+
+class _Context(Protocol):
+    """What torch hands from the forward to the backward pass."""
+
+    form: _Form
+    needs_input_grad: Sequence[bool]
+    saved_tensors: Sequence[Tensor]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
+class _Contrastive(torch.autograd.Function):
+    """The terms[K], and on the way the gradient of their sum with the form's weights.
+
+    A block of logits lives only while it is in the cache: value and gradient are taken from it at once, and
+    nothing that grows with the square of the batch is kept for the backward pass, which finds the gradient
+    ready. Only where the terms were weighted otherwise is all computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: _Context,
+        form: _Form,
+        queries: Tensor,
+        all_queries: Tensor | None,
+        positives: Tensor,
+        negatives: Tensor | None,
+    ) -> Tensor:
+        weights = queries.new_tensor(form.weights) if any(ctx.needs_input_grad) else None
+        terms, gradients = _evaluate(form, queries, all_queries, positives, negatives, weights)
+        ctx.form = form
+        ctx.save_for_backward(queries, all_queries, positives, negatives, *gradients)
+        return terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        queries, all_queries, positives, negatives, *gradients = ctx.saved_tensors
+        weights = upstream.new_tensor(ctx.form.weights)
+        factor = upstream[0] / weights[0]
+        rounding = 4 * torch.finfo(upstream.dtype).eps
+        if torch.allclose(upstream, factor * weights, rtol=rounding, atol=0):
+            return None, *(None if gradient is None else gradient * factor for gradient in gradients)
+        again = _evaluate(ctx.form, queries, all_queries, positives, negatives, upstream)
+        return None, *again[1]
+
+
+def _evaluate(
+    form: _Form,
+    queries: Tensor,
+    all_queries: Tensor | None,
+    positives: Tensor,
+    negatives: Tensor | None,
+    weights: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The terms[K] and, for weights[K] of them, the gradients of their sum for the embeddings."""
+
+    def prefixes(rows: Tensor) -> Rows:
+        return Rows(rows, form.sizes, with_gradient=weights is not None)
+
+    count, scale = len(queries), 1 / form.temperature
+    anchors = {"query": prefixes(queries), "positive": prefixes(positives)}
+    candidates = dict(anchors)
+    if all_queries is not None:
+        candidates["query"] = prefixes(all_queries)
+    if negatives is not None:
+        candidates["negative"] = prefixes(negatives)
+    own = None
+    if form.own_negatives and form.owner is not None:
+        own = _OwnNegatives(form, form.owner, anchors["query"], candidates["negative"])
+    slope = None if weights is None else weights[:, None] / count  # [K, 1], of each row's loss
+    terms = queries.new_zeros(len(form.sizes))
+    totals = []
+    columns = len(form.sizes) * sum(len(candidates[way.split("_to_")[1]].rows) for way in form.directions)
+    for start, stop in row_blocks(count, columns, queries.device):
+        blocks = []
+        for direction in form.directions:
+            anchor, candidate = direction.split("_to_")
+            first = start if anchor == "query" else start + form.offset
+            span = slice(first, first + stop - start)
+            blocks.append(_Block(form, direction, anchors[anchor], span, candidates[candidate], start))
+        rest = [block.log_sums for block in blocks]
+        if own is not None:
+            rest.append(own.log_sums[:, start:stop])
+        # The denominator is the positive and the rest, so the loss of a row is log(1 + rest / positive),
+        # exactly 0 where there is no rest.
+        positive = blocks[0].positive
+        odds = (rest[0] if len(rest) == 1 else torch.logsumexp(torch.stack(rest), dim=0)) - positive
+        losses = torch.logaddexp(odds, torch.zeros_like(odds))  # [K, rows]
+        terms += losses.sum(1) / count
+        total = positive + losses
+        totals.append(total)
+        if slope is not None:
+            for block in blocks:
+                block.add_gradient(slope, total, -slope * torch.sigmoid(odds))
+    if slope is not None and own is not None:
+        own.add_gradient(slope, torch.cat(totals, dim=1))
+    everyone = None if all_queries is None else candidates["query"].finish()
+    apart = None if negatives is None else candidates["negative"].finish()
+    return terms, (anchors["query"].finish(), everyone, anchors["positive"].finish(), apart)
+
+
+class _Block:
+    """The logits[K, R, C] of some rows in one direction, the row's own positive kept apart from the others."""
+
+    def __init__(
+        self, form: _Form, direction: Direction, anchors: Rows, span: slice, candidates: Rows, start: int
+    ) -> None:
+        rows = span.stop - span.start
+        shape = len(form.sizes), rows, len(candidates.rows)
+        self._sides = anchors, span, candidates, 1 / form.temperature
+        self._logits = cosines(*self._sides, out=candidates.rows.new_empty(shape))
+        shown = self._logits
+        harder = form.made_harder(direction, start, start + rows, shown) if form.hardness else None
+        if harder is not None:
+            shown = torch.where(harder, shown * form.harder, shown)
+        left_out = form.masks.left_out(direction, start, start + rows)
+        if left_out is not None:
+            shown = shown.masked_fill(left_out, -torch.inf)
+        if form.harder / form.temperature <= SAFE_EXPONENT:
+            self._shifts = None
+            self._exponentials = torch.exp(shown)
+        else:
+            shifts = shown.amax(2)
+            self._shifts = shifts.where(shifts != -torch.inf, 0)  # where a row's candidates are all left out
+            self._exponentials = torch.sub(shown, self._shifts[:, :, None]).exp_()
+        self._matches = None
+        if direction == "query_to_positive":
+            numbers = torch.arange(rows, device=shown.device)
+            self._matches = numbers + (start + form.offset)
+            self.positive = self._logits[:, numbers, self._matches]
+            """The logits[K, R] of the rows' own positives."""
+            self._exponentials[:, numbers, self._matches] = 0
+        self.log_sums = self._exponentials.sum(2).log_()
+        """The log[K, R] of the sum of the exponentials of a row's candidates, its positive not among them."""
+        if self._shifts is not None:
+            self.log_sums += self._shifts
+
+    def add_gradient(self, slope: Tensor, total: Tensor, positive_slopes: Tensor) -> None:
+        """For the slope[K, 1] of each row's loss, the logs[K, R] of the denominators and the positives' slopes."""
+        row_slopes = slope * torch.exp(-total if self._shifts is None else self._shifts - total)
+        matches = None if self._matches is None else (self._matches, positive_slopes)
+        add_gradient(*self._sides, self._logits, self._exponentials, row_slopes, matches)
+
+
+class _OwnNegatives:
+    """The hard negatives that are in the denominator of their own row only: M pairs."""
+
+    def __init__(self, form: _Form, owner: Tensor, queries: Rows, negatives: Rows) -> None:
+        local = owner - form.offset
+        kept = (local >= 0) & (local < len(queries.rows))
+        left_out = form.masks.own_left_out()
+        if left_out is not None:
+            kept &= ~left_out
+        columns = kept.nonzero().flatten()
+        self._rows = local[columns]
+        self._sides = queries, self._rows, negatives, columns, 1 / form.temperature
+        self._logits = pair_cosines(*self._sides)  # [K, M]
+        self._shown = self._logits if form.hardened == "in_batch" else self._logits * form.harder
+        shifts = torch.full_like(queries.inverse, -torch.inf)  # [K, B]
+        shifts.scatter_reduce_(1, self._rows.expand_as(self._shown), self._shown, "amax")
+        shifts = shifts.where(shifts != -torch.inf, 0)
+        exponentials = torch.exp(self._shown - shifts[:, self._rows])
+        sums = torch.zeros_like(shifts).index_add_(1, self._rows, exponentials)
+        self.log_sums = shifts + sums.log()
+        """The log[K, B] of the sum of the exponentials of each row's hard negatives."""
+
+    def add_gradient(self, slope: Tensor, totals: Tensor) -> None:
+        """For the slope[K, 1] of each row's loss and the logs[K, B] of the denominators."""
+        slopes = slope * torch.exp(self._shown - totals[:, self._rows])
+        add_pair_gradient(*self._sides, self._logits, slopes)

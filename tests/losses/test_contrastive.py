@@ -109,11 +109,13 @@ def test_every_form_is_its_formula_row_by_row(name: str) -> None:
 def test_every_form_equals_the_plain_one_at_all_sizes(
     name: str, dtype: torch.dtype, tolerance: float
 ) -> None:
-    case = prepared(name, batch(37, 24, 40, dtype))
+    # The temperature divides the rounding of the cosines; 6e-8 / 0.1 leaves some room below 1e-6.
+    case = prepared(name, batch(37, 24, 40, dtype)) | {"temperature": 0.1}
     sizes = (24, 3, 16, 8)
     mine, theirs = contrastive(**case, sizes=sizes), plain.contrastive(**case, sizes=sizes)
     torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=0)
     expected = gradients(plain.contrastive, case, sizes=sizes)
+    # The last weights are those that `gradients` gives the terms, and then nothing is computed twice.
     for weights in (None, (1, 2, 3, 4)):
         found = gradients(contrastive, case, sizes=sizes, weights=weights)
         for given, wanted in zip(found, expected, strict=True):
