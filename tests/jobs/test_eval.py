@@ -1,0 +1,113 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemb.errors import Exit, GembError, UnavailableError
+from gemb.jobs import eval as job
+from gemb.jobs.eval import EvalRecipe
+from tests.conftest import ROOT
+from tests.evaluation.test_retrieval import write_beir
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+DATA = ROOT.parent / "shared/data"
+PAIRS = [
+    ("a cat sits on the mat", "a cat is sitting on a mat", 5.0),
+    ("a man plays the guitar", "a man is eating an apple", 0.5),
+    ("two dogs run in a field", "dogs are running outside", 4.0),
+    ("the plane is landing", "a woman peels a potato", 0.0),
+]
+
+
+@pytest.fixture
+def sts(tmp_path: Path) -> Path:
+    path = tmp_path / "sts.jsonl"
+    rows = [{"sentence1": first, "sentence2": second, "score": score} for first, second, score in PAIRS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(*data: Path, **settings: Any) -> Any:  # noqa: ANN401
+    recipe = EvalRecipe(
+        model="minilm", data=tuple(str(path) for path in data), threads=1, precision="fp32", **settings
+    )
+    return job.run(recipe)
+
+
+def test_every_data_set_is_scored_in_every_view(tmp_path: Path, sts: Path) -> None:
+    output = tmp_path / "results.json"
+    report = run(write_beir(tmp_path / "sea"), sts, dims=(384, 64), dtype=("f32", "int8"), output=output)
+    lines = [
+        (result["data"], result["dims"], result["dtype"], result["bytes"])
+        for result in report.data["results"]
+    ]
+    views = [(384, "f32", 1536), (384, "int8", 384), (64, "f32", 256), (64, "int8", 64)]
+    assert lines == [(name, *view) for name in ("sea", "sts") for view in views]
+    assert report.data["results"][0]["value"] == 1.0
+    assert report.data["results"][4]["value"] == pytest.approx(1.0)
+    assert report.data["means"][0] == {
+        "dims": 384,
+        "dtype": "f32",
+        "bytes": 1536,
+        "value": pytest.approx(1.0),
+    }
+    assert json.loads(output.read_text())["results"] == report.data["results"]
+    assert [row[0] for row in report.tables[0].rows] == ["sea"] * 4 + ["sts"] * 4 + ["mean"] * 4
+
+
+def test_a_picture_is_drawn(tmp_path: Path, sts: Path) -> None:
+    report = run(sts, dims=(384, 64), plot=tmp_path / "sizes.png")
+    assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
+    assert report.outputs == [tmp_path / "sizes.png"]
+
+
+def test_a_model_against_itself_ties_and_passes_the_gate(sts: Path) -> None:
+    report = run(sts, against="minilm", fail_on_regression=True)
+    assert report.exit_code == Exit.DONE
+    (verdict,) = report.data["verdicts"]
+    assert (verdict["verdict"], verdict["difference"], verdict["against"]) == ("TIE", 0, pytest.approx(1.0))
+
+
+def test_a_regression_ends_with_the_exit_code_of_a_gate(sts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gemb.evaluation import Comparison
+
+    monkeypatch.setattr(job, "compare", lambda mine, other, seed: Comparison(-0.2, -0.3, -0.1))
+    assert run(sts, against="minilm", fail_on_regression=True).exit_code == Exit.GATE
+    assert run(sts, against="minilm").exit_code == Exit.DONE
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"data": ()}, GembError, "no data given; gemb eval MODEL scifact/ stsb.test.jsonl"),
+        (
+            {"data": ("x.jsonl",), "fail_on_regression": True},
+            GembError,
+            "--fail-on-regression compares with another model; name it with --against",
+        ),
+        (
+            {"data": ("nothing.jsonl",)},
+            UnavailableError,
+            "there is no nothing.jsonl to evaluate on; check the path",
+        ),
+    ],
+)
+def test_mistakes_show_before_a_model_is_loaded(
+    settings: dict[str, Any], error: type[GembError], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job.Encoder, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(error) as caught:
+        job.run(EvalRecipe(**settings))
+    assert str(caught.value) == message
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
+def test_known_data_give_the_known_figures() -> None:
+    report = run(DATA / "retrieval/time", DATA / "sts/stsb/stsb-en.test.jsonl")
+    found = {result["data"]: result["metrics"] for result in report.data["results"]}
+    assert found["time"]["nDCG@10"] == pytest.approx(0.5832, abs=5e-4)
+    assert found["time"]["R@100"] == pytest.approx(0.8983, abs=5e-4)
+    assert found["stsb-en"]["spearman"] == pytest.approx(0.8203, abs=5e-4)
+    assert found["stsb-en"]["pearson"] == pytest.approx(0.8274, abs=5e-4)
