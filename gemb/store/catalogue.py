@@ -328,10 +328,15 @@ class Catalogue:
 
         Raises GembError if it is no index, MismatchError if a newer gemb wrote it.
         """
-        application = self._one("PRAGMA application_id")
-        version = self._one("PRAGMA user_version")
+        self._execute("BEGIN")  # one look: the catalogue may be made at this moment
+        try:
+            application = self._one("PRAGMA application_id")
+            version = self._one("PRAGMA user_version")
+            tables = self._one("SELECT count(*) FROM sqlite_schema")
+        finally:
+            self.roll_back()
         if application != APPLICATION:
-            if not self._one("SELECT count(*) FROM sqlite_schema"):
+            if not tables:
                 raise UnfinishedError(
                     f"{self.folder} is not finished; run the gemb index command that began it again"
                 )
@@ -808,12 +813,14 @@ class _Reading:
 
     @classmethod
     def open(cls, path: Path) -> _Reading:
-        """Opens the file in place where that is possible; else a copy, or as a file that nobody changes."""
+        """Opens the file in place where that is possible; else a copy, or as one that nobody changes."""
         for _ in range(OPENING_TRIES):
             stamp = _full_stamp(path)
             try:
                 reading = cls._open_in_place(path, stamp)
             except _CannotOpen as error:
+                if cls._recover(path):
+                    continue
                 reading = cls._open_static(path, stamp, error)
             if reading.is_current(path):
                 return reading
@@ -830,6 +837,24 @@ class _Reading:
             connection.close()
             _explain(error, path.parent)
         return cls(connection, stamp[:2], is_static=False)
+
+    @classmethod
+    def _recover(cls, path: Path) -> bool:
+        """Whether what a killed writer left was taken back or taken over, so that a reader can look again.
+
+        SQLite does so for whoever may write; a kill while the journal mode changes leaves such a journal.
+        """
+        if not any(journal.exists() for journal in _journals(path)):
+            return False
+        connection = _connect(path, "rw")
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            cls._open_in_place(path, ()).connection.close()
+        except (sqlite3.Error, GembError):
+            return False
+        finally:
+            connection.close()
+        return True
 
     @classmethod
     def _open_static(cls, path: Path, stamp: Stamp, reason: _CannotOpen) -> _Reading:
@@ -956,7 +981,8 @@ def _full_stamp(path: Path) -> Stamp:
             state = part.stat()
         except OSError:
             continue
-        found += [state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+        # Without the time of change: SQLite, run by root, sets the owner of a journal that it looks at.
+        found += [state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns]
     return tuple(found) if _identity(path) else ()
 
 

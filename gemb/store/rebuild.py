@@ -64,14 +64,15 @@ def rebuild(folder: Path | str, *, threads: int = 1, on_step: OnStep = lambda st
 
 def _save_intact(folder: Path, fresh: Path, threads: int, on_step: OnStep) -> tuple[int, int]:
     """Writes the new index; returns how many documents it has, and how many were committed to the old one."""
-    catalogue = Catalogue.open_for_reading(folder, is_complete=False)
-    try:
+    with contextlib.ExitStack() as stack:
         try:
+            catalogue = Catalogue.open_for_reading(folder, is_complete=False)
+            stack.callback(catalogue.close)
             settings, entries = catalogue.settings(), catalogue.segments()
         except DamagedError as error:
+            reason = str(error).removesuffix(f"; {advice(folder)}")
             raise DamagedError(
-                f"nothing can be saved of {folder}, whose catalogue tells no more what is in it: {error}; "
-                f"make it anew with gemb index INPUT -o {folder} --overwrite"
+                f"nothing can be saved: {reason}; make it anew with gemb index INPUT -o {folder} --overwrite"
             ) from error
         committed = _committed(catalogue)
         with Writer.open(fresh, settings, threads=threads, on_step=on_step) as writer:
@@ -82,8 +83,6 @@ def _save_intact(folder: Path, fresh: Path, threads: int, on_step: OnStep) -> tu
             writer.commit()
             writer.compact()
             return writer.documents, committed
-    finally:
-        catalogue.close()
 
 
 def _committed(catalogue: Catalogue) -> int:

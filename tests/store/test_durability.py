@@ -122,6 +122,28 @@ def test_a_note_of_a_killed_writer_is_swept(tmp_path: Path, rows: NDArray[np.flo
         assert not left.exists()
 
 
+def test_a_kill_while_the_journal_mode_changes_keeps_no_reader_out(
+    tmp_path: Path, rows: NDArray[np.float32]
+) -> None:
+    """The journal of that change is one that a read-only connection cannot take back."""
+    path = make(tmp_path / "x.gemb", rows[:30])
+    before = (path / "index.db").read_bytes()
+    connection = sqlite3.connect(path / "index.db", isolation_level=None)
+    connection.execute("PRAGMA cache_spill = 1")
+    connection.execute("BEGIN EXCLUSIVE")
+    connection.execute("PRAGMA user_version = 1")
+    connection.execute("UPDATE documents SET title = title || 'x'")
+    connection.execute("PRAGMA cache_size = 1")
+    connection.execute("UPDATE texts SET text = text || 'x'")
+    shutil.copytree(path, tmp_path / "killed.gemb")
+    connection.close()
+    assert (tmp_path / "killed.gemb" / "index.db-journal").stat().st_size > 512
+    assert contents(tmp_path / "killed.gemb") == contents(path)
+    assert (tmp_path / "killed.gemb" / "index.db").read_bytes() == before
+    assert not (tmp_path / "killed.gemb" / "index.db-journal").exists()
+    assert verify(tmp_path / "killed.gemb").faults == []
+
+
 # ---------------------------------------------------------------- publishing
 
 
