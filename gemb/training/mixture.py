@@ -92,9 +92,9 @@ class Mixture:
         self.members = members
         self.planned_batches = planned_batches
         """With token budgets the number of batches that uses them up, about; else None."""
-        self._rows = rows
-        self._data = data
-        self._tokeniser = tokeniser
+        self.rows = rows
+        self.data = data
+        self.tokeniser = tokeniser
         self._options = options
         self._lock = threading.Lock()  # held while a batch is made, in whichever thread
         self._closed = False
@@ -197,7 +197,7 @@ class Mixture:
         """Closes the files."""
         with self._lock:
             self._closed = True
-            for rows in self._rows:
+            for rows in self.rows:
                 rows.close()
 
     def __enter__(self) -> Self:
@@ -260,11 +260,11 @@ class Mixture:
                     needs_negatives=options.needs_negatives,
                     state=_draw_state(data[member.name]),
                 )
-                for rows, one, member in zip(self._rows, self._data, self.members, strict=True)
+                for rows, one, member in zip(self.rows, self.data, self.members, strict=True)
             ]
             makers = [
-                _Maker(member, rows, one, self._tokeniser, options)
-                for member, rows, one in zip(self.members, self._rows, self._data, strict=True)
+                _Maker(member, rows, one, self.tokeniser, options)
+                for member, rows, one in zip(self.members, self.rows, self.data, strict=True)
             ]
         while True:
             place = (self._first_place + step * _GOLDEN) % (1 << 64)

@@ -198,6 +198,8 @@ def test_several_positives_and_negatives_take_turns_over_the_epochs() -> None:
             used.setdefault(batch.texts[place] + "p", Counter())[text] += 1
         for owner, text in zip(batch.owner, batch.texts[8:], strict=True):
             used.setdefault(batch.texts[owner] + "n", Counter())[text] += 1
+    starts = [batch.texts[8:12] for batch in take(mixture(data), 2) if batch.texts is not None]
+    assert not set(starts[0]) & set(starts[1])  # an epoch goes on where the one before stopped
     for n in range(4):
         assert used[f"w{n}p"] == {f"p{n}{x}": 5 for x in "abc"}
         assert used[f"w{n}n"] == {f"n{n}{x}": 6 for x in "abcde"}
