@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -207,17 +208,36 @@ def test_a_writer_at_work_is_no_obstacle(tmp_path: Path, gemb: Gemb) -> None:
     assert (after.code, len(after.out.splitlines())) == (0, 5)
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_is_searched(films: Path, tmp_path: Path, gemb: Gemb) -> None:
-    copy = shutil.copytree(films, tmp_path / "copy.gemb")
-    try:
-        for path in (copy, *copy.rglob("*")):
+AS_NOBODY = """
+import os, sys
+from gemb.commands import load_command, main
+load_command("search")
+if os.getuid() == 0:  # root may write everywhere
+    os.seteuid(65534)
+main(sys.argv[1:])
+"""
+"""Runs gemb as a user who may write nowhere; what root alone may import is imported before."""
+
+
+def test_a_folder_that_cannot_be_written_is_searched(films: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copytree(films, Path(folder) / "copy.gemb")
+        Path(folder).chmod(0o755)
+        everything = [copy, *copy.rglob("*")]
+        for path in everything:
             path.chmod(0o555 if path.is_dir() else 0o444)
-        expected = gemb("search", films, QUERY, *FAST)
-        assert gemb("search", copy, QUERY, *FAST).out == expected.out
-    finally:
-        for path in (copy, *copy.rglob("*")):
-            path.chmod(0o755)
+        try:
+            for arguments in (["whale", "--lexical"], ["--like", "whale"], ["--like", "whale", "--exact"]):
+                command = [sys.executable, "-c", AS_NOBODY, "search", str(copy), *arguments]
+                done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+                expected = subprocess.run(
+                    [sys.executable, "-m", "gemb", "search", str(films), *arguments],
+                    capture_output=True, text=True, check=True, cwd=ROOT,
+                )  # fmt: skip
+                assert (done.stdout, done.stderr) == (expected.stdout, "")
+        finally:
+            for path in everything:
+                path.chmod(0o755)
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(
