@@ -247,19 +247,21 @@ class Tokeniser:
         """
         render = render or str
         passages: list[Passage] = []
-        start = 0
+        start = covered = 0
         while start < len(text):
             first = len(text) - len(text[start:].lstrip()) if text[start].isspace() else start
             if first == len(text):  # nothing but white space is left
                 if passages:
                     passages[-1] = replace(passages[-1], end=first)
                 break
-            end = first + self._passage_length(text, first, render)
+            end = first + self._passage_length(text, first, render, covered - first)
+            if end <= covered:
+                start = covered  # beside the overlap there is no room
+                continue
             passages.append(Passage(start, end, text[first:end].rstrip()))
+            start = covered = end
             if overlap_tokens and end < len(text):
-                start = max(first + 1, end - self._tail_length(text[first:end], overlap_tokens))
-            else:
-                start = end
+                start -= self._tail_length(text[first:end], overlap_tokens)
         return passages or [Passage(0, len(text), "")]
 
     def _tail_length(self, passage: str, tokens: int) -> int:
@@ -420,8 +422,8 @@ class Tokeniser:
         """Characters of the longest token, added ones included."""
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
 
-    def _passage_length(self, text: str, start: int, render: Callable[[str], str]) -> int:
-        """Characters of the passage at `start`; at least 1."""
+    def _passage_length(self, text: str, start: int, render: Callable[[str], str], least: int) -> int:
+        """Characters of the passage at `start`, at least 1; it ends at a border behind `least`, if it can."""
         size = self.max_tokens * _FIRST_PASSAGE_CHARACTERS_PER_TOKEN
         while True:
             window = text[start : start + size]
@@ -436,7 +438,7 @@ class Tokeniser:
         first_lost = encoding.offsets[self.max_tokens - len(self._after)][0] - (len(rendered) - len(window))
         length = first_lost
         while length > 0:
-            length = _border(window, length)
+            length = _border(window, length, least)
             if len(self._backend.encode(render(window[:length].strip()))) <= self.max_tokens:
                 return length
             length -= 1  # rare: alone, the passage has more tokens than at the start of the window
@@ -500,9 +502,12 @@ def _slices(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
         yield first, len(texts)
 
 
-def _border(window: str, length: int) -> int:
-    """The best place to end a passage of `window` that may have `length` characters: in its second half."""
-    half = length // 2
+def _border(window: str, length: int, least: int) -> int:
+    """The best place to end a passage of `window` that may have `length` characters.
+
+    It is in the second half, and behind `least` characters.
+    """
+    half = max(length // 2, least)
     for border in _BORDERS:
         ends = [match.end() for match in border.finditer(window, half, length)]
         if ends:

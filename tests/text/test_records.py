@@ -211,6 +211,41 @@ def test_other_fields_are_kept_only_when_asked_for() -> None:
     assert record.fields == {"year": 1952, "tags": ["a", None]}
 
 
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_fields_left_out_are_not_kept_and_a_column_of_them_is_not_read(form: str) -> None:
+    rows = [{"id": "a", "text": "x", "year": 1, "embedding": [0.5, 1.5]}]
+    if form == "jsonl":
+        name = write("docs.jsonl", orjson.dumps(rows[0]))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "docs.parquet")
+        name = "docs.parquet"
+    options = ReadOptions(keep_fields=True, leave_out=frozenset({"embedding", "none"}))
+    (row,) = read(name, options=options)
+    assert isinstance(row, Record)
+    assert row.fields == {"year": 1}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_text_may_be_missing_where_it_is_optional_and_not_named(form: str) -> None:
+    rows = [{"id": "a", "text": "x"}, {"id": "b", "text": None}, {"id": "c", "text": " "}]
+    bare = [{"id": "a"}, {"id": "b"}]
+    if form == "jsonl":
+        names = [
+            write(name, b"".join(orjson.dumps(row) + b"\n" for row in some))
+            for name, some in (("docs.jsonl", rows), ("bare.jsonl", bare))
+        ]
+    else:
+        names = ["docs.parquet", "bare.parquet"]
+        for name, some in zip(names, (rows, bare), strict=True):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some), name)
+    optional = ReadOptions(text_optional=True)
+    assert texts(read(names[0], options=optional)) == [("a", "x"), ("b", ""), ("c", " ")]
+    assert texts(read(names[1], options=optional)) == [("a", ""), ("b", "")]
+    named = ReadOptions(text_optional=True, text_field="text")
+    with pytest.raises(GembError, match='no column "text"' if form == "parquet" else 'no row has "text"'):
+        read(names[1], options=named)
+
+
 def test_integer_ids_become_decimal_strings() -> None:
     assert texts(
         read(write("a.jsonl", '{"id": 18446744073709551615, "text": "t"}\n{"id": -7, "text": "t"}'))

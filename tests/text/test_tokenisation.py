@@ -608,6 +608,50 @@ def test_passages_of_any_text_cover_it_and_fit(text: str, max_tokens: int) -> No
     assert_passages(Tokeniser(Tokenizer.from_str(trained("qwen")), max_tokens=max_tokens), text)
 
 
+def assert_overlapping(tokeniser: Tokeniser, text: str, overlap: int) -> list[str]:
+    passages = tokeniser.passages(text, overlap_tokens=overlap)
+    assert passages[0].start == 0
+    assert passages[-1].end == len(text)
+    for before, after in itertools.pairwise(passages):
+        assert before.start < after.start <= before.end < after.end
+        repeated = text[after.start : before.end]
+        assert len(repeated) < len(text[before.start : before.end])
+        # A piece alone may have a token more than within its passage.
+        assert len(tokeniser.encode([repeated]).ids) - tokeniser.special_tokens <= overlap + 1
+    assert not tokeniser.encode([passage.text for passage in passages]).lost.any()
+    return [passage.text for passage in passages]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet="abc \n.é!", max_size=200), st.integers(6, 12), st.integers(1, 3))
+def test_passages_that_overlap_cover_any_text_and_go_forward(
+    text: str, max_tokens: int, overlap: int
+) -> None:
+    assert_overlapping(Tokeniser(Tokenizer.from_str(trained("qwen")), max_tokens=max_tokens), text, overlap)
+
+
+@pytest.mark.parametrize("name", ["minilm", "gemma", "unigram"])
+def test_passages_of_prose_overlap(name: str) -> None:
+    tokeniser = tokeniser_named(name, 24)
+    for text in [*ODD_TEXTS, *long_texts(12), *prose()[:8]]:
+        assert_overlapping(tokeniser, text, 8)
+
+
+def test_an_overlap_begins_at_a_sentence_or_a_word_and_none_gives_what_split_gives() -> None:
+    tokeniser = Tokeniser.load(MINILM, max_tokens=12)
+    text = "one two three four five. six seven eight nine ten. one two three four."
+    assert assert_overlapping(tokeniser, text, 6) == [
+        "one two three four five.",
+        "six seven eight nine ten.",
+        "one two three four.",
+    ]
+    words = "one two three four five six seven eight nine ten"
+    assert assert_overlapping(tokeniser, f"{words} {words}", 3)[:2] == [
+        words,
+        "eight nine ten one two three four five six seven",
+    ]
+
+
 def test_a_passage_ends_at_the_best_border_in_its_second_half() -> None:
     tokeniser = Tokeniser.load(MINILM, max_tokens=12)
     words = "one two three four five"

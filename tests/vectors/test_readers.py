@@ -331,6 +331,18 @@ def test_tables_of_other_writers_are_read(tmp_path: Path, name: str, size: int, 
         assert found.block(0, 2).tolist() == [[1, 2, 3], [4, 5, 6.5]]
 
 
+def test_a_column_of_vectors_is_taken_by_its_name(tmp_path: Path) -> None:
+    columns = {"id": ["a"], "embedding": [[1.0, 2.0]], "other": [[3.0, 4.0, 5.0]]}
+    pq.write_table(pa.table(columns), tmp_path / "docs.parquet")
+    with open_vectors(tmp_path / "docs.parquet", column="other") as found:
+        assert found.block(0, 1).tolist() == [[3, 4, 5]]
+    with pytest.raises(GembError) as raised:
+        open_vectors(tmp_path / "docs.parquet", column="none")
+    assert str(raised.value) == (
+        f'{tmp_path / "docs.parquet"} has no column "none"; it has id, embedding, other'
+    )
+
+
 @pytest.mark.parametrize(
     ("column", "message"),
     [
