@@ -7,14 +7,18 @@ size above it, so its slope is the sum of those sizes' slopes, and each coordina
 R rows, C candidates, D width, K sizes in ascending order. `slopes` are the derivatives of the loss.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 24}
-"""How many numbers a block of cosines holds over all sizes: on a CPU what stays in its cache (1 MB)."""
+PANEL_ROWS = 256
+"""How many anchors are multiplied with the candidates at a time: fewer are slow, more need memory."""
+TILE_NUMBERS = 1 << 18
+"""How many cosines over all sizes are worked on at a time on a CPU: 1 MB of float32 stays in its cache."""
 
 
 class Rows:
@@ -43,47 +47,59 @@ class Rows:
         return self.gradient
 
 
-def cosines(anchors: Rows, span: slice, candidates: Rows, scale: float, out: Tensor) -> Tensor:
-    """`scale` times the cosines of the anchors in `span` with all candidates, in out[K, span, C]."""
+def dot_products(anchors: Rows, span: slice, candidates: Rows) -> Tensor:
+    """Of the prefixes of the anchors in `span` with those of all candidates: [K, span, C]."""
+    products = anchors.rows.new_empty(len(anchors.parts), span.stop - span.start, len(candidates.rows))
     first, *others = zip(anchors.parts, candidates.parts, strict=True)
-    torch.mm(first[0][span], first[1].T, out=out[0])
+    torch.mm(first[0][span], first[1].T, out=products[0])
     for k, (x, y) in enumerate(others):
-        torch.addmm(out[k], x[span], y.T, out=out[k + 1])
-    return out.mul_((anchors.inverse[:, span] * scale)[:, :, None]).mul_(candidates.inverse[:, None])
+        torch.addmm(products[k], x[span], y.T, out=products[k + 1])
+    return products
 
 
-def add_gradient(
+def to_cosines(products: Tensor, anchors: Rows, span: slice, candidates: Rows, scale: float) -> Tensor:
+    """`scale` times the cosines[K, span, C] in the place of the dot products of some anchors."""
+    return products.mul_((anchors.inverse[:, span] * scale)[:, :, None]).mul_(candidates.inverse[:, None])
+
+
+def to_slopes(
+    cosines: Tensor,
+    slopes: Tensor,
+    row_slopes: Tensor,
+    matches: tuple[Tensor, Tensor] | None,
     anchors: Rows,
     span: slice,
     candidates: Rows,
     scale: float,
-    values: Tensor,
-    slopes: Tensor,
-    row_slopes: Tensor,
-    matches: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Add to the gradients of both sides what the values that `cosines` gave pull with slopes * row_slopes.
+    """In the place of what `to_cosines` gave the slopes of the dot products of each block of coordinates.
 
-    values[K, span, C] and slopes[K, span, C], which are overwritten, and row_slopes[K, span].
-    matches: a column[span] for each row where instead of that the slope is the number[K, span] given.
+    The slopes of the scaled cosines are slopes[K, span, C] * row_slopes[K, span]; matches: a column[span] for
+    each row where instead the slope is the number[K, span] given. Overwrites `slopes`.
     """
-    numbers = torch.arange(values.shape[1], device=values.device)
-    matched = None if matches is None else values[:, numbers, matches[0]].mul_(matches[1])  # [K, span]
-    values.mul_(slopes)
-    if matches is not None:
-        values[:, numbers, matches[0]] = 0
-    anchors.along[:, span] += values.sum(2).mul_(row_slopes)
-    candidates.along += torch.bmm(row_slopes[:, None], values)[:, 0]
+    numbers = torch.arange(slopes.shape[1], device=slopes.device)
+    along = anchors.along[:, span]
     lengths = anchors.inverse[:, span] * scale
-    slopes.mul_((row_slopes * lengths)[:, :, None])
-    if matches is not None and matched is not None:
-        anchors.along[:, span] += matched
-        candidates.along[:, matches[0]] += matched
-        slopes[:, numbers, matches[0]] = matches[1] * lengths
-    # A coordinate belongs to its own size and to all larger ones: slopes become those of the coordinates.
-    slopes[-1].mul_(candidates.inverse[-1])
+    if matches is not None:
+        columns, given = matches
+        slopes[:, numbers, columns] = 0
+        matched = cosines[:, numbers, columns] * given
+        along += matched
+        candidates.along[:, columns] += matched
+    cosines.mul_(slopes)
+    along += cosines.sum(2).mul_(row_slopes)
+    candidates.along += torch.bmm(row_slopes[:, None], cosines)[:, 0]
+    slopes.mul_((row_slopes * lengths)[:, :, None])  # now of the dot products of prefixes
+    if matches is not None:
+        slopes[:, numbers, columns] = given * lengths
+    # A coordinate belongs to its own size and to all larger ones.
+    torch.mul(slopes[-1], candidates.inverse[-1], out=cosines[-1])
     for k in range(len(slopes) - 2, -1, -1):
-        torch.addcmul(slopes[k + 1], slopes[k], candidates.inverse[k], out=slopes[k])
+        torch.addcmul(cosines[k + 1], slopes[k], candidates.inverse[k], out=cosines[k])
+
+
+def add_gradient(slopes: Tensor, anchors: Rows, span: slice, candidates: Rows) -> None:
+    """Add to the gradients of both sides what the slopes[K, span, C] that `to_slopes` gave make."""
     for k, slope in enumerate(slopes):
         anchors.gradient_parts[k][span].addmm_(slope, candidates.parts[k])
         candidates.gradient_parts[k].addmm_(slope.T, anchors.parts[k][span])
@@ -115,12 +131,39 @@ def add_pair_gradient(
     candidates.gradient.index_add_(0, columns, weights * anchors.rows[rows])
 
 
-def row_blocks(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Start and stop of as many of `rows` at a time as a block of `columns` numbers each has room for."""
-    room = BLOCK_ELEMENTS["cpu" if device.type == "cpu" else "other"]
-    step = max(16, room // max(1, columns))
-    for start in range(0, rows, step):
-        yield start, min(rows, start + step)
+def panels(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """Start and stop of the panels that `rows` are worked on in, and of the tiles of each, within the panel.
+
+    columns: how many numbers a row has, over all sizes and candidates. On a GPU a panel is one tile.
+    """
+    for start in range(0, rows, PANEL_ROWS):
+        height = min(PANEL_ROWS, rows - start)
+        step = max(8, TILE_NUMBERS // max(1, columns)) if device.type == "cpu" else height
+        yield start, start + height, [(low, min(low + step, height)) for low in range(0, height, step)]
+
+
+class Context(Protocol):
+    """What torch hands from the forward to the backward pass of a loss over all sizes."""
+
+    needs_input_grad: Sequence[bool]
+    saved_tensors: Sequence[Any]
+    arguments: Any
+    """What the loss is besides tensors."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep what the backward pass reads as `saved_tensors`."""
+
+
+def common_factor(upstream: Tensor, weights: Sequence[float]) -> float | None:
+    """By what all of upstream[K] is larger than weights[K], up to rounding; None: there is no such number.
+
+    With it the gradient that a loss computed for its weights only needs to be multiplied.
+    """
+    wanted: list[float] = upstream.tolist()
+    factor = wanted[-1] / weights[-1] if weights[-1] else 0.0
+    rounding = 4 * torch.finfo(upstream.dtype).eps
+    pairs = zip(wanted, weights, strict=True)
+    return factor if all(math.isclose(u, factor * w, rel_tol=rounding) for u, w in pairs) else None
 
 
 @cache

@@ -6,19 +6,23 @@ process is row `offset + i` of all. Symbols of the formulas: s a cosine, t the t
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemb.losses.all_sizes import (
+    Context,
     Rows,
     add_gradient,
     add_pair_gradient,
-    cosines,
+    common_factor,
+    dot_products,
     pair_cosines,
-    row_blocks,
+    panels,
+    to_cosines,
+    to_slopes,
 )
 from gemb.losses.candidates import Direction, Guide, Masks
 from gemb.losses.prefixes import check_sizes, promoted
@@ -250,16 +254,6 @@ SAFE_EXPONENT = 60.0
 is not subnormal. Beyond, each row's largest logit is taken off first, which costs two more passes."""
 
 
-class _Context(Protocol):
-    """What torch hands from the forward to the backward pass."""
-
-    form: _Form
-    needs_input_grad: Sequence[bool]
-    saved_tensors: Sequence[Tensor]
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
-
-
 class _Contrastive(torch.autograd.Function):
     """The terms[K], and on the way the gradient of their sum with the form's weights.
 
@@ -270,7 +264,7 @@ class _Contrastive(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context,
+        ctx: Context,
         form: _Form,
         queries: Tensor,
         all_queries: Tensor | None,
@@ -279,20 +273,18 @@ class _Contrastive(torch.autograd.Function):
     ) -> Tensor:
         weights = queries.new_tensor(form.weights) if any(ctx.needs_input_grad) else None
         terms, gradients = _evaluate(form, queries, all_queries, positives, negatives, weights)
-        ctx.form = form
+        ctx.arguments = form
         ctx.save_for_backward(queries, all_queries, positives, negatives, *gradients)
         return terms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, upstream: Tensor) -> tuple[Tensor | None, ...]:
         queries, all_queries, positives, negatives, *gradients = ctx.saved_tensors
-        weights = upstream.new_tensor(ctx.form.weights)
-        factor = upstream[0] / weights[0]
-        rounding = 4 * torch.finfo(upstream.dtype).eps
-        if torch.allclose(upstream, factor * weights, rtol=rounding, atol=0):
+        factor = common_factor(upstream, ctx.arguments.weights)
+        if factor is not None:
             return None, *(None if gradient is None else gradient * factor for gradient in gradients)
-        again = _evaluate(ctx.form, queries, all_queries, positives, negatives, upstream)
+        again = _evaluate(ctx.arguments, queries, all_queries, positives, negatives, upstream)
         return None, *again[1]
 
 
@@ -309,7 +301,7 @@ def _evaluate(
     def prefixes(rows: Tensor) -> Rows:
         return Rows(rows, form.sizes, with_gradient=weights is not None)
 
-    count, scale = len(queries), 1 / form.temperature
+    count = len(queries)
     anchors = {"query": prefixes(queries), "positive": prefixes(positives)}
     candidates = dict(anchors)
     if all_queries is not None:
@@ -320,52 +312,71 @@ def _evaluate(
     if form.own_negatives and form.owner is not None:
         own = _OwnNegatives(form, form.owner, anchors["query"], candidates["negative"])
     slope = None if weights is None else weights[:, None] / count  # [K, 1], of each row's loss
-    terms = queries.new_zeros(len(form.sizes))
-    totals = []
+    losses, totals = (queries.new_empty(len(form.sizes), count) for _ in range(2))
     columns = len(form.sizes) * sum(len(candidates[way.split("_to_")[1]].rows) for way in form.directions)
-    for start, stop in row_blocks(count, columns, queries.device):
-        blocks = []
+    for start, stop, tiles in panels(count, columns, queries.device):
+        panel = []
         for direction in form.directions:
             anchor, candidate = direction.split("_to_")
             first = start if anchor == "query" else start + form.offset
             span = slice(first, first + stop - start)
-            blocks.append(_Block(form, direction, anchors[anchor], span, candidates[candidate], start))
-        rest = [block.log_sums for block in blocks]
-        if own is not None:
-            rest.append(own.log_sums[:, start:stop])
-        # The denominator is the positive and the rest, so the loss of a row is log(1 + rest / positive),
-        # exactly 0 where there is no rest.
-        positive = blocks[0].positive
-        odds = (rest[0] if len(rest) == 1 else torch.logsumexp(torch.stack(rest), dim=0)) - positive
-        losses = torch.logaddexp(odds, torch.zeros_like(odds))  # [K, rows]
-        terms += losses.sum(1) / count
-        total = positive + losses
-        totals.append(total)
+            panel.append(_Panel(form, direction, anchors[anchor], span, candidates[candidate], start))
+        for low, high in tiles:
+            rows = slice(start + low, start + high)
+            blocks = [_Block(side, low, high) for side in panel]
+            rest = [block.log_sums for block in blocks]
+            if own is not None:
+                rest.append(own.log_sums[:, rows])
+            # The denominator is the positive and the rest, so the loss of a row is log(1 + rest / positive),
+            # exactly 0 where there is no rest.
+            positive = blocks[0].positive
+            odds = (rest[0] if len(rest) == 1 else torch.logsumexp(torch.stack(rest), dim=0)) - positive
+            losses[:, rows] = torch.logaddexp(odds, torch.zeros_like(odds))
+            totals[:, rows] = positive + losses[:, rows]
+            if slope is not None:
+                for block in blocks:
+                    block.take_slopes(slope, totals[:, rows], -slope * torch.sigmoid(odds))
         if slope is not None:
-            for block in blocks:
-                block.add_gradient(slope, total, -slope * torch.sigmoid(odds))
+            for side in panel:
+                add_gradient(side.products, side.anchors, side.span, side.candidates)
     if slope is not None and own is not None:
-        own.add_gradient(slope, torch.cat(totals, dim=1))
+        own.add_gradient(slope, totals)
     everyone = None if all_queries is None else candidates["query"].finish()
     apart = None if negatives is None else candidates["negative"].finish()
-    return terms, (anchors["query"].finish(), everyone, anchors["positive"].finish(), apart)
+    gradients = anchors["query"].finish(), everyone, anchors["positive"].finish(), apart
+    return losses.mean(1), gradients
 
 
-class _Block:
-    """The logits[K, R, C] of some rows in one direction, the row's own positive kept apart from the others."""
+class _Panel:
+    """Dot products[K, R, C] of some rows in one direction, which tile by tile become logits and slopes."""
 
     def __init__(
         self, form: _Form, direction: Direction, anchors: Rows, span: slice, candidates: Rows, start: int
     ) -> None:
-        rows = span.stop - span.start
-        shape = len(form.sizes), rows, len(candidates.rows)
-        self._sides = anchors, span, candidates, 1 / form.temperature
-        self._logits = cosines(*self._sides, out=candidates.rows.new_empty(shape))
+        self.form = form
+        self.direction = direction
+        self.anchors = anchors
+        self.span = span
+        self.candidates = candidates
+        self.start = start
+        """The local row the panel begins with."""
+        self.products = dot_products(anchors, span, candidates)
+
+
+class _Block:
+    """A tile of a panel: logits[K, R, C] of some rows, the row's own positive kept apart from the others."""
+
+    def __init__(self, panel: _Panel, low: int, high: int) -> None:
+        form, direction = panel.form, panel.direction
+        span = slice(panel.span.start + low, panel.span.start + high)
+        start, stop = panel.start + low, panel.start + high
+        self._sides = panel.anchors, span, panel.candidates, 1 / form.temperature
+        self._logits = to_cosines(panel.products[:, low:high], *self._sides)
         shown = self._logits
-        harder = form.made_harder(direction, start, start + rows, shown) if form.hardness else None
+        harder = form.made_harder(direction, start, stop, shown) if form.hardness else None
         if harder is not None:
             shown = torch.where(harder, shown * form.harder, shown)
-        left_out = form.masks.left_out(direction, start, start + rows)
+        left_out = form.masks.left_out(direction, start, stop)
         if left_out is not None:
             shown = shown.masked_fill(left_out, -torch.inf)
         if form.harder / form.temperature <= SAFE_EXPONENT:
@@ -377,7 +388,7 @@ class _Block:
             self._exponentials = torch.sub(shown, self._shifts[:, :, None]).exp_()
         self._matches = None
         if direction == "query_to_positive":
-            numbers = torch.arange(rows, device=shown.device)
+            numbers = torch.arange(stop - start, device=shown.device)
             self._matches = numbers + (start + form.offset)
             self.positive = self._logits[:, numbers, self._matches]
             """The logits[K, R] of the rows' own positives."""
@@ -387,11 +398,15 @@ class _Block:
         if self._shifts is not None:
             self.log_sums += self._shifts
 
-    def add_gradient(self, slope: Tensor, total: Tensor, positive_slopes: Tensor) -> None:
-        """For the slope[K, 1] of each row's loss, the logs[K, R] of the denominators and the positives' slopes."""
-        row_slopes = slope * torch.exp(-total if self._shifts is None else self._shifts - total)
+    def take_slopes(self, slope: Tensor, totals: Tensor, positive_slopes: Tensor) -> None:
+        """Put slopes in the place of the logits.
+
+        slope[K, 1] is that of each row's loss, totals[K, R] the logs of the denominators and
+        positive_slopes[K, R] those of the logits of the positives.
+        """
+        row_slopes = slope * torch.exp(-totals if self._shifts is None else self._shifts - totals)
         matches = None if self._matches is None else (self._matches, positive_slopes)
-        add_gradient(*self._sides, self._logits, self._exponentials, row_slopes, matches)
+        to_slopes(self._logits, self._exponentials, row_slopes, matches, *self._sides)
 
 
 class _OwnNegatives:
