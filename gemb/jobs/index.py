@@ -135,7 +135,7 @@ def run(
     MismatchError (5) if it was made with another model, prompt, width or type; Interrupted after SIGINT or
     SIGTERM, when all that is done is kept (only in the main thread).
     """
-    watch = Watch(on_progress)
+    watch = Watch(on_progress, "indexing")
     with Interrupts("interrupted before any document of this run; nothing is lost") as interrupts:
         with interrupts.at_once():
             setup = prepare(recipe, overwrite=overwrite, announce=watch.note)

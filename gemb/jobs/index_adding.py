@@ -228,6 +228,7 @@ class Adding:
         self._flying: dict[int, Document] = {}  # documents on their way to vectors, by number of record
         self._flying_ids: set[str] = set()
         self._handed = 0  # documents found new or changed
+        self._kept_unseen = set(setup.kept_fields or ())
         self._held: list[tuple[list[Document], NDArray[np.float32], list[list[Span] | None]]] = []
 
     def run(self, open_engine: OpenEngine) -> None:
@@ -236,7 +237,7 @@ class Adding:
         Raises Interrupted after a signal; what was put by then is the caller's to commit.
         """
         counts, setup = self._outcome.counts, self._setup
-        self._watch.begin(counts, setup.inputs)
+        self._watch.begin(counts, setup.inputs, total=None if setup.vectors is None else setup.vectors.rows)
         if setup.vectors is not None:
             self._add_vectors()
         else:
@@ -253,6 +254,9 @@ class Adding:
             names = [file.name for file in setup.inputs] or [str(setup.recipe.vectors)]
             raise GembError(f"{', '.join(names)}: no rows")
         setup.limits.check(counts, str(setup.rejects_file), at_end=True)
+        if self._kept_unseen and not self._outcome.more:
+            unseen = ", ".join(sorted(self._kept_unseen))
+            self._outcome.notes.append(f"no row has {unseen}, which --keep names")
 
     # --- texts ------------------------------------------------------------------------------------------
 
@@ -405,6 +409,8 @@ class Adding:
         fields = record.fields
         if kept is not None and fields:
             fields = {name: fields[name] for name in kept if name in fields}
+            if self._kept_unseen:
+                self._kept_unseen.difference_update(fields)
         document = Document(record.id, record.text, record.title or "", fields)
         if not _SCALARS.issuperset(map(type, fields.values())):
             try:

@@ -259,14 +259,14 @@ def _settings_of_model(
     if document and template.prefix != document["text"]:
         raise _other(output, "prompt", repr(document["text"]), repr(template.prefix))
     passages, max_tokens = _passages(recipe, folder, name, recorded, output)
-    encoder = record_of(
-        folder, name, document=template, max_tokens=max_tokens, passages=str(passages or "off")
-    )
     if have is not None:
         _check_given(recipe, output, have)
         settings = Settings(have.dims, have.dtype, have.code_dims, have.encoder, have.words)
     else:
         dims = dims_of(folder, name, recipe.dims, force=recipe.force)
+        encoder = record_of(
+            folder, name, document=template, max_tokens=max_tokens, passages=str(passages or "off")
+        )
         settings = Settings(dims, recipe.dtype or "f16", code_dims(folder, dims), encoder)
     return settings, Encoding(folder, name, template, passages, max_tokens)
 

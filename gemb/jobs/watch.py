@@ -17,22 +17,26 @@ STAGE = "embedding"
 class Watch:
     """The progress of a job: records written, and texts that are computed and on their way."""
 
-    def __init__(self, on_progress: OnProgress) -> None:
+    def __init__(self, on_progress: OnProgress, stage: str = STAGE) -> None:
         self._on_progress = on_progress
+        self._stage = stage
         self._lock = threading.Lock()
         self._total: int | None = None
         self._records = 0
         self._texts = self._texts_written = 0
         self._tokens = 0
 
-    def begin(self, counts: Counts, inputs: Sequence[InputFile], shards: int = 1) -> None:
+    def begin(
+        self, counts: Counts, inputs: Sequence[InputFile], shards: int = 1, *, total: int | None = None
+    ) -> None:
         """Start from what earlier runs did; the inputs are counted meanwhile, where that is cheap.
 
-        Of `shards` that divide the input, this job does one.
+        Of `shards` that divide the input, this job does one. With a known `total` nothing is counted.
         """
         self._records = counts.records
         self._texts = self._texts_written = counts.computed_texts
-        if all(_has_a_record_a_line(file) for file in inputs):
+        self._total = total
+        if total is None and all(_has_a_record_a_line(file) for file in inputs):
             arguments = (inputs, shards)
             threading.Thread(target=self._count, args=arguments, name="gemb-counter", daemon=True).start()
         self._show()
@@ -60,7 +64,7 @@ class Watch:
             done = self._records + max(0, self._texts - self._texts_written)
             if self._total is not None:
                 done = min(done, self._total)
-            event = Event(STAGE, done, self._total, tokens=self._tokens, note=note)
+            event = Event(self._stage, done, self._total, tokens=self._tokens, note=note)
         self._on_progress(event)
 
     def _count(self, inputs: Sequence[InputFile], shards: int) -> None:

@@ -22,6 +22,7 @@ from gemb.errors import Exit, GembError, Interrupted, LockedError, MismatchError
 from gemb.files import Lock
 from gemb.jobs import embed, index_adding
 from gemb.jobs import index as job
+from gemb.jobs import index_care as care
 from gemb.jobs.embed import EmbedRecipe
 from gemb.jobs.index import IndexRecipe
 from gemb.report import Event, Report
@@ -374,6 +375,11 @@ def test_keep_chooses_the_metadata(bench: Bench, keep: str, wanted: dict[str, ob
     assert content_of(bench.path)["a"][2] == wanted
 
 
+def test_a_name_in_keep_that_no_row_has_is_told(bench: Bench) -> None:
+    report = bench.run(bench.write(rows_of(3)), keep="year,yaer")
+    assert report.data["notes"] == ["no row has yaer, which --keep names"]
+
+
 def test_any_string_is_an_id(bench: Bench) -> None:
     ids = ["", " ", "ü\u0000x", "a\nb", "#1", "../x", "🦆", "d" * 5000, "1"]
     rows = [{"id": id_, "text": words(row)} for row, id_ in enumerate(ids)]
@@ -534,7 +540,7 @@ def test_a_signal_keeps_what_is_done_and_the_next_run_goes_on(
     assert bench.engines[-1].rows == 80 - len(kept)
 
 
-def test_a_failure_of_the_engine_keeps_what_is_done(bench: Bench) -> None:
+def test_after_a_bug_of_the_engine_the_next_run_ends_well(bench: Bench) -> None:
     def bug(ids: NDArray[np.int32]) -> BaseException | None:
         return TypeError("a bug") if ids[1] == 30 + 4 else None
 
@@ -544,6 +550,31 @@ def test_a_failure_of_the_engine_keeps_what_is_done(bench: Bench) -> None:
         bench.run(source)
     bench.engine = FakeEngine
     assert bench.run(source).data["documents"] == 80
+
+
+def test_a_signal_while_the_graph_is_built_keeps_all_documents(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Writer.compact, "__kwdefaults__", {**(Writer.compact.__kwdefaults__ or {}), "graph_rows": 20}
+    )
+
+    def interrupt(event: Event) -> None:
+        if event.stage == "building the graph":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    np.save(bench.place / "v.npy", unit(3000))
+    recipe = IndexRecipe(vectors=bench.place / "v.npy", output=bench.path, threads=1)
+    monkeypatch.setattr("gemb.store.segments.PASS_ROWS", 500)
+    with pytest.raises(Interrupted) as raised:
+        job.run(recipe, interrupt)
+    assert str(raised.value) == (
+        f"interrupted while compacting; all documents are in {bench.path}, "
+        f"gemb index compact {bench.path} goes on"
+    )
+    assert raised.value.exit_code == 143
+    assert len(content_of(bench.path)) == 3000
+    assert care.compact(bench.path).title == f"{bench.path}: compacted"
 
 
 # --- replacing --------------------------------------------------------------------------------------------
@@ -843,8 +874,11 @@ def test_a_plan_counts_and_writes_nothing(bench: Bench) -> None:
 
 def test_progress_counts_records_up_to_all_of_them(bench: Bench) -> None:
     bench.run(bench.write(rows_of(30)))
-    last = [event for event in bench.events if event.stage == "embedding"][-1]
+    last = [event for event in bench.events if event.stage == "indexing"][-1]
     assert last.done == 30
+    np.save(bench.place / "v.npy", unit(30))
+    bench.run(vectors=bench.place / "v.npy", output=bench.place / "v.gemb")
+    assert (bench.events[-1].done, bench.events[-1].total) == (30, 30)
 
 
 def test_a_large_index_gets_its_graph_at_the_end_unless_told_not_to(
