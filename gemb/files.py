@@ -279,7 +279,7 @@ class Lock:
         # What lies at the path of a folder that was moved meanwhile is another holder's.
         try:
             mine = os.fstat(self._descriptor)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # a file that stays is no obstacle to anyone
                 on_path = self.path.stat()
                 if (on_path.st_dev, on_path.st_ino) == (mine.st_dev, mine.st_ino):
                     self.path.unlink()

@@ -220,6 +220,15 @@ class Catalogue:
         try:
             catalogue._check_opened(is_complete=True)
             catalogue._prepare_writing()
+        except _CannotOpen as error:
+            catalogue.close()
+            _explain_write(catalogue.path, error)
+            if os.access(catalogue.path, os.W_OK):
+                raise MachineError(
+                    f"cannot open {catalogue.path}: {error.__cause__}; check the disk, then run the same "
+                    "command again"
+                ) from error
+            raise
         except BaseException:
             catalogue.close()
             raise
@@ -1006,6 +1015,7 @@ def _explain(error: sqlite3.Error, folder: Path) -> NoReturn:
                 f"cannot open {path}: {str(error).lower()}; check its mode and its folder's"
             ) from error
         case sqlite3.SQLITE_IOERR if code != sqlite3.SQLITE_IOERR_SHORT_READ:
+            _explain_write(path, error)
             raise MachineError(
                 f"cannot read or write {path}: {str(error).lower()}; "
                 "check the disk, then run the same command again"
@@ -1019,6 +1029,17 @@ def _explain(error: sqlite3.Error, folder: Path) -> NoReturn:
                 f"{path} is no SQLite database, or its first page is damaged; {advice(folder)}"
             ) from error
     raise DamagedError(f"{path} is damaged: {str(error).lower()}; {advice(folder)}") from error
+
+
+def _explain_write(path: Path, error: Exception) -> None:
+    """Raises what the disk says to a write beside `path` now, if it refuses: SQLite keeps its reason."""
+    with os_errors_explained(path):
+        try:
+            with tempfile.TemporaryFile(dir=path.parent) as file:
+                file.write(bytes(1 << 16))
+                file.flush()
+        except OSError as refused:
+            raise OSError(refused.errno, refused.strerror) from error
 
 
 def _parts(values: Iterable[Any], size: int) -> Iterator[list[Any]]:

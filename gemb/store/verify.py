@@ -18,7 +18,7 @@ import numpy as np
 from gemb.errors import GembError, LockedError, MachineError
 from gemb.files import Lock
 from gemb.store import catalogue as catalogues
-from gemb.store.blocks import BLOCK_BYTES
+from gemb.store.blocks import BLOCK_BYTES, DamagedError
 from gemb.store.catalogue import Catalogue, SegmentEntry, Settings, advice
 from gemb.store.segments import (
     CODES,
@@ -70,7 +70,8 @@ class Verdict:
 def verify(folder: Path | str, on_file: Callable[[Path], None] = lambda path: None) -> Verdict:
     """Everything that is wrong with the index at `folder`; `on_file` hears of each file before it is read.
 
-    Raises UnavailableError if there is no index, and GembError where it is none at all.
+    Raises UnavailableError if there is no index, GembError where it is none at all, and MachineError where
+    the disk is too full or too broken to look.
     """
     folder = Path(folder)
     catalogues.check_is_index(folder)
@@ -118,6 +119,8 @@ def _catalogue(folder: Path, verdict: Verdict) -> Iterator[Catalogue | None]:
             try:
                 catalogue = Catalogue.open_for_reading(folder)
             except GembError as error:
+                if isinstance(error, MachineError) and not isinstance(error, DamagedError):
+                    raise  # a disk that is full or fails says nothing about the index
                 verdict.faults.append(Fault(path, str(error)))
                 yield None
                 return
