@@ -19,7 +19,7 @@ from gemb.errors import GembError
 from gemb.training.columns import Example, Text
 from gemb.training.data_recipe import DataSet
 from gemb.training.examples import Rows
-from gemb.training.permutation import Permutation, key_of, random64
+from gemb.training.permutation import Permutation, key_of, random64, scattered32
 
 _AHEAD = 256  # places of the order that are computed at once
 _SPARE_BATCHES = 4  # batches of examples that may wait for one in which they repeat nothing
@@ -191,8 +191,7 @@ class Draws:
         texts = (example.query, positive, *negatives)
         if not self._data.unique_id:
             return texts
-        # 32 bits of a permutation of the draws: no two examples of one batch have the same mark.
-        mark = int(Permutation(1 << 32, self._key).at(np.array([number % (1 << 32)]))[0])
+        mark = scattered32(number % (1 << 32), self._key)  # no two examples of one batch have the same
         return tuple(text._replace(text=f"{mark:08x} {text.text}") for text in texts)
 
 

@@ -20,12 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from struct import Struct
 from typing import IO, NamedTuple, Self
 
-import numpy as np
 import orjson
 
 from gemb.errors import GembError
@@ -296,6 +295,7 @@ class _Preparation:
                     seen.add(size, usable.example)
                     size += 1
                 groups, size = self._labelled(seen, size) if seen.labels else ({}, size)
+            (folder / "labels").unlink()
         self._check(size)
         digest = blake2b(digest_size=16)
         for file in self._sources.all():
@@ -410,16 +410,17 @@ class _Preparation:
         seen.file.flush()
         alone = {group.number: label for label, group in seen.labels.items() if group.other < 0}
         kept = [label for label, group in seen.labels.items() if group.other >= 0]
-        starts = np.cumsum([0, *(seen.labels[label].count for label in kept)])
+        starts = list(accumulate((seen.labels[label].count for label in kept), initial=0))
         new_number = {seen.labels[label].number: number for number, label in enumerate(kept)}
         new_row: dict[int, int] = {}  # of the rows named by groups
         named_rows = {row for label in kept for row in (seen.labels[label].one, seen.labels[label].other)}
-        cursor = starts[:-1].copy()
-        count = int(starts[-1])
-        order = np.memmap(self._folder / "order", "<i8", "w+", shape=(max(count, 1),))
-        old_index = (self._folder / "index").open("rb")
-        old_labels = (self._folder / "labels").open("rb")
-        with old_index, old_labels, (self._folder / "kept").open("wb") as index:
+        cursor = starts[:-1]
+        count = starts[-1]
+        with ExitStack() as opened:
+            old_index = opened.enter_context((self._folder / "index").open("rb"))
+            old_labels = opened.enter_context((self._folder / "labels").open("rb"))
+            index = opened.enter_context((self._folder / "kept").open("wb"))
+            order = opened.enter_context((self._folder / "order").open("wb"))
             position = 0
             for row in range(size):
                 entry = old_index.read(_ENTRY.size)
@@ -432,19 +433,15 @@ class _Preparation:
                 index.write(entry)
                 if row in named_rows:
                     new_row[row] = position
-                order[cursor[new_number[number]]] = position
-                cursor[new_number[number]] += 1
+                place = cursor[new_number[number]]
+                os.pwrite(order.fileno(), position.to_bytes(8, "little"), 8 * place)
+                cursor[new_number[number]] = place + 1
                 position += 1
-        order.flush()
         os.replace(self._folder / "kept", self._folder / "index")
-        (self._folder / "labels").unlink()
-        groups = {
-            label: Label(
-                int(start), seen.labels[label].count, new_row[seen.labels[label].one],
-                new_row[seen.labels[label].other],
-            )
-            for label, start in zip(kept, starts[:-1], strict=True)
-        }  # fmt: skip
+        groups = {}
+        for label, start in zip(kept, starts[:-1], strict=True):
+            group = seen.labels[label]
+            groups[label] = Label(start, group.count, new_row[group.one], new_row[group.other])
         return groups, count
 
     def _check(self, size: int) -> None:

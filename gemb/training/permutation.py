@@ -44,6 +44,17 @@ def random64(key: int, *numbers: int) -> int:
     return int.from_bytes(blake2b(pack(f"<{len(numbers) + 1}Q", key, *numbers), digest_size=8).digest())
 
 
+def scattered32(number: int, key: int) -> int:
+    """32 bits for a number below 2^32: no two numbers have the same, and neighbours look nothing alike.
+
+    The finaliser of MurmurHash3 (Appleby 2011), in which every operation can be undone.
+    """
+    value = (number * 0x9E3779B1 + key) & 0xFFFFFFFF
+    value = (value ^ (value >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    value = (value ^ (value >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    return value ^ (value >> 16)
+
+
 def key_of(*parts: object) -> int:
     """A 64-bit key for these parts, by their texts."""
     return int.from_bytes(blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest())

@@ -3,6 +3,9 @@
 import csv
 import gzip
 import io
+import queue
+import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 import zstandard
 
 from gemb.errors import GembError
+from gemb.files import Lock
 from gemb.training.columns import Example, Text
 from gemb.training.data_recipe import NO_PROMPTS, ColumnNames, DataSet
 from gemb.training.examples import Rows, open_rows
@@ -243,6 +247,44 @@ def test_a_file_that_changes_in_use_stops_the_run() -> None:
         with pytest.raises(GembError) as error:
             rows.example(2)
     assert str(error.value) == "pairs.jsonl:3: changed while it was in use; start the run again"
+
+
+def test_a_second_process_waits_for_the_one_that_prepares() -> None:
+    data = DataSet(path=write("pairs.jsonl", FORMATS["pairs.jsonl"]), prompts=NO_PROMPTS)
+    open_rows(data, Path("cache")).close()
+    (folder,) = Path("cache").iterdir()
+    heard: queue.Queue[str] = queue.Queue()
+    sizes: list[int] = []
+
+    def second() -> None:
+        with open_rows(data, Path("cache"), notice=heard.put) as rows:
+            sizes.append(rows.size)
+
+    with Lock(folder / "lock", "data set pairs"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        told = heard.get(timeout=30)
+        assert sizes == []
+    thread.join(timeout=30)
+    assert sizes == [3]
+    assert told.startswith("waiting up to 86400 s for data set pairs, held by process ")
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_that_looks_whole() -> None:
+    write("pairs.csv", table(PAIRS * 1000, ","))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        message = failure("pairs.csv")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (folder,) = Path("cache").iterdir()
+    assert message == (
+        f"cannot write {folder}: the file grew past a size limit; raise it (ulimit -f) or write smaller "
+        "parts to a folder, then run the same command again"
+    )
+    assert not (folder / "prepared.json").exists()
+    assert len(read("pairs.csv")) == 3000
 
 
 def test_labels_whose_rows_all_have_one_text_are_rejected() -> None:

@@ -1,11 +1,12 @@
 """The keyed permutation: every number once, different by key, without structure."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from gemb.training.permutation import Permutation, key_of, random64
+from gemb.training.permutation import Permutation, key_of, random64, scattered32
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000, 65_537])
@@ -39,3 +40,12 @@ def test_neighbours_do_not_stay_together() -> None:
     # Two random places are a third of the size apart on average.
     assert steps.mean() == pytest.approx(100_000 / 3, rel=0.01)
     assert np.corrcoef(order[:-1], order[1:])[0, 1] == pytest.approx(0, abs=0.01)
+
+
+def test_marks_are_all_different_and_spread() -> None:
+    marks = [scattered32(number, 5) for number in range(100_000)]
+    assert len(set(marks)) == 100_000
+    # Bits that differ between neighbours: 16 of 32 on average for unrelated numbers.
+    assert np.mean([(one ^ next_).bit_count() for one, next_ in pairwise(marks)]) == pytest.approx(
+        16, abs=0.5
+    )
