@@ -16,8 +16,8 @@ from gemb.jobs.writing import Limits
 from gemb.model.folder import ModelFolder, fingerprint, read_folder
 from gemb.model.hub import DEFAULT_MODEL, find_model
 from gemb.retrieval.index_model import find_encoder, lasting_name, record_of, shown_model
-from gemb.store import Settings
-from gemb.store.catalogue import DATABASE, Catalogue, is_old_layout
+from gemb.store import Index, Settings
+from gemb.store.catalogue import DATABASE, UnfinishedError, is_old_layout
 from gemb.store.writer import check_free
 from gemb.text.prompts import Prompts, Template
 from gemb.text.records import ReadOptions, check_fields, resolve_inputs
@@ -164,16 +164,16 @@ def prepare(recipe: IndexRecipe, *, overwrite: bool, announce: Announce) -> Inde
 def present_settings(folder: Path) -> Settings | None:
     """The settings of the index at `folder`; None if there is none yet, or an empty beginning of one.
 
-    Raises DamagedError (1), MismatchError (5) for another format.
+    Raises DamagedError (1), also where a file is missing or cut off, MismatchError (5) for another format.
     """
     database = folder / DATABASE
     if not database.exists() or not database.stat().st_size:
         return None
-    catalogue = Catalogue.open_for_reading(folder)
     try:
-        return catalogue.settings()
-    finally:
-        catalogue.close()
+        with Index.open(folder) as index:
+            return index.settings
+    except UnfinishedError:
+        return None
 
 
 def kept_fields(keep: str) -> tuple[str, ...] | None:

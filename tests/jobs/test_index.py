@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -841,14 +842,41 @@ def test_passages_longer_than_the_model_takes_are_refused(bench: Bench) -> None:
     )
 
 
-def test_a_damaged_index_says_what_to_run(bench: Bench) -> None:
-    bench.run(bench.write(rows_of(30)))
-    (bench.path / "index.db").write_bytes(b"x" * 5000)
-    bench.write(rows_of(31))
+@pytest.mark.parametrize("harm", ["not a database", "a file is gone", "a file is cut off"])
+def test_a_damaged_index_says_what_to_run(bench: Bench, harm: str) -> None:
+    source = bench.write(rows_of(30))
+    bench.run(source)
+    (vectors,) = bench.path.glob("segments/*/vectors.f16")
+    if harm == "not a database":
+        (bench.path / "index.db").write_bytes(b"x" * 5000)
+    elif harm == "a file is gone":
+        vectors.unlink()
+    else:
+        vectors.write_bytes(vectors.read_bytes()[:-1])
     with pytest.raises(GembError) as raised:
-        bench.run(bench.place / "docs.jsonl")
+        bench.run(source)
     assert raised.value.exit_code == Exit.FAILED
-    assert "gemb index verify" in str(raised.value)
+    advice = f"; run gemb index verify {bench.path}, then gemb index rebuild {bench.path}"
+    assert str(raised.value).endswith(advice)
+
+
+def test_a_beginning_that_a_kill_left_is_gone_on_with(bench: Bench) -> None:
+    (bench.path / "segments" / "half").mkdir(parents=True)
+    with sqlite3.connect(bench.path / "index.db") as database:
+        database.execute("PRAGMA journal_mode = WAL")
+    database.close()
+    assert (bench.path / "index.db").stat().st_size
+    assert bench.run(bench.write(rows_of(3))).data["added"] == 3
+    assert care.verify(bench.path).data["sound"] is True
+
+
+def test_an_index_of_a_newer_gemb_is_refused(bench: Bench) -> None:
+    bench.run(bench.write(rows_of(3)))
+    with sqlite3.connect(bench.path / "index.db") as database:
+        database.execute("PRAGMA user_version = 99")
+    database.close()
+    message = "docs.gemb is an index of format 99, this gemb reads up to 1; upgrade gemb"
+    assert refusal(bench, MismatchError) == message
 
 
 # --- plan -------------------------------------------------------------------------------------------------
