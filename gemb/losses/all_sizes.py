@@ -47,9 +47,16 @@ class Rows:
         return self.gradient
 
 
-def dot_products(anchors: Rows, span: slice, candidates: Rows) -> Tensor:
-    """Of the prefixes of the anchors in `span` with those of all candidates: [K, span, C]."""
-    products = anchors.rows.new_empty(len(anchors.parts), span.stop - span.start, len(candidates.rows))
+def panel_memory(anchors: Rows, candidates: Rows) -> Tensor:
+    """Room for what `dot_products` gives, one panel after the other."""
+    return anchors.rows.new_empty(
+        len(anchors.parts), min(PANEL_ROWS, len(anchors.rows)), len(candidates.rows)
+    )
+
+
+def dot_products(anchors: Rows, span: slice, candidates: Rows, memory: Tensor) -> Tensor:
+    """Of the prefixes of the anchors in `span` with those of all candidates: [K, span, C], in `memory`."""
+    products = memory[:, : span.stop - span.start]
     first, *others = zip(anchors.parts, candidates.parts, strict=True)
     torch.mm(first[0][span], first[1].T, out=products[0])
     for k, (x, y) in enumerate(others):

@@ -20,6 +20,7 @@ from gemb.losses.all_sizes import (
     common_factor,
     dot_products,
     pair_cosines,
+    panel_memory,
     panels,
     to_cosines,
     to_slopes,
@@ -313,17 +314,18 @@ def _evaluate(
         own = _OwnNegatives(form, form.owner, anchors["query"], candidates["negative"])
     slope = None if weights is None else weights[:, None] / count  # [K, 1], of each row's loss
     losses, totals = (queries.new_empty(len(form.sizes), count) for _ in range(2))
-    columns = len(form.sizes) * sum(len(candidates[way.split("_to_")[1]].rows) for way in form.directions)
+    ways = []
+    for direction in form.directions:
+        anchor, candidate = direction.split("_to_")
+        first = 0 if anchor == "query" else form.offset
+        ways.append(_Panel(form, direction, anchors[anchor], first, candidates[candidate]))
+    columns = len(form.sizes) * sum(len(panel.candidates.rows) for panel in ways)
     for start, stop, tiles in panels(count, columns, queries.device):
-        panel = []
-        for direction in form.directions:
-            anchor, candidate = direction.split("_to_")
-            first = start if anchor == "query" else start + form.offset
-            span = slice(first, first + stop - start)
-            panel.append(_Panel(form, direction, anchors[anchor], span, candidates[candidate], start))
+        for panel in ways:
+            panel.multiply(start, stop)
         for low, high in tiles:
             rows = slice(start + low, start + high)
-            blocks = [_Block(side, low, high) for side in panel]
+            blocks = [_Block(panel, low, high) for panel in ways]
             rest = [block.log_sums for block in blocks]
             if own is not None:
                 rest.append(own.log_sums[:, rows])
@@ -337,8 +339,8 @@ def _evaluate(
                 for block in blocks:
                     block.take_slopes(slope, totals[:, rows], -slope * torch.sigmoid(odds))
         if slope is not None:
-            for side in panel:
-                add_gradient(side.products, side.anchors, side.span, side.candidates)
+            for panel in ways:
+                add_gradient(panel.products, panel.anchors, panel.span, panel.candidates)
     if slope is not None and own is not None:
         own.add_gradient(slope, totals)
     everyone = None if all_queries is None else candidates["query"].finish()
@@ -348,19 +350,26 @@ def _evaluate(
 
 
 class _Panel:
-    """Dot products[K, R, C] of some rows in one direction, which tile by tile become logits and slopes."""
+    """Dot products[K, R, C] of some rows in one direction, which tile by tile become logits and slopes.
+
+    Row 0 of the batch is anchor number `first`.
+    """
 
     def __init__(
-        self, form: _Form, direction: Direction, anchors: Rows, span: slice, candidates: Rows, start: int
+        self, form: _Form, direction: Direction, anchors: Rows, first: int, candidates: Rows
     ) -> None:
         self.form = form
         self.direction = direction
         self.anchors = anchors
-        self.span = span
         self.candidates = candidates
+        self._first = first
+        self._memory = panel_memory(anchors, candidates)
+
+    def multiply(self, start: int, stop: int) -> None:
+        """Go on to the rows start..stop of the batch."""
         self.start = start
-        """The local row the panel begins with."""
-        self.products = dot_products(anchors, span, candidates)
+        self.span = slice(self._first + start, self._first + stop)
+        self.products = dot_products(self.anchors, self.span, self.candidates, self._memory)
 
 
 class _Block:

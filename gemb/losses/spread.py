@@ -17,6 +17,7 @@ from gemb.losses.all_sizes import (
     add_gradient,
     common_factor,
     dot_products,
+    panel_memory,
     panels,
     to_cosines,
     to_slopes,
@@ -156,8 +157,9 @@ def _evaluate(
         candidates = Rows(others, form.sizes, with_gradient=weights is not None)
     pairs = len(rows) * (len(candidates.rows) - 1)
     sums = rows.new_zeros(len(form.sizes))
+    memory = panel_memory(anchors, candidates)
     for start, stop, tiles in panels(len(rows), len(form.sizes) * len(candidates.rows), rows.device):
-        products = dot_products(anchors, slice(start, stop), candidates)
+        products = dot_products(anchors, slice(start, stop), candidates, memory)
         for low, high in tiles:
             span = slice(start + low, start + high)
             cosines = to_cosines(products[:, low:high], anchors, span, candidates, 1.0)

@@ -1,15 +1,18 @@
 """Contrastive losses: equal to their formulas, to the plain form and to sentence-transformers."""
 
 import re
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from gemb.losses import GECKO, GTE, QWEN3, Guide, contrastive, samtone
+from gemb.losses import GECKO, GTE, QWEN3, Guide, all_sizes, contrastive, samtone
 from tests.losses import plain
 from tests.losses.goldens import NEGATIVES, OWNER, POSITIVES, QUERIES, SIX_DIGITS, TEMPERATURE
 
@@ -120,6 +123,17 @@ def test_every_form_equals_the_plain_one_at_all_sizes(
         found = gradients(contrastive, case, sizes=sizes, weights=weights)
         for given, wanted in zip(found, expected, strict=True):
             assert float((given - wanted).norm() / wanted.norm()) < tolerance
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_panels_and_tiles_of_any_height_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = prepared(name, batch(37, 24, 40)) | {"sizes": (24, 3, 16)}
+    value, expected = contrastive(**case), gradients(contrastive, case)
+    monkeypatch.setattr(all_sizes, "PANEL_ROWS", 20)
+    monkeypatch.setattr(all_sizes, "TILE_NUMBERS", 1)
+    torch.testing.assert_close(contrastive(**case), value, rtol=1e-12, atol=0)
+    for given, wanted in zip(gradients(contrastive, case), expected, strict=True):
+        torch.testing.assert_close(given, wanted, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -464,3 +478,54 @@ def test_a_guide_drops_what_it_finds_better_than_the_positive_and_nothing_else()
 def test_what_does_not_fit_is_refused(change: Case, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         contrastive(**{**batch(4, 8, 3), **change})
+
+
+class Accounting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors alive after each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._made: list[weakref.ref[Tensor]] = []
+        self.peak_bytes = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[object] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        made = func(*args, **(kwargs or {}))
+        self._made += [weakref.ref(leaf) for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+        alive = [tensor for tensor in (reference() for reference in self._made) if tensor is not None]
+        self._made = [weakref.ref(tensor) for tensor in alive]
+        storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in alive)}
+        self.peak_bytes = max(self.peak_bytes, sum(storages.values()))
+        return made
+
+
+@pytest.mark.parametrize("also", [(), GECKO])
+def test_four_sizes_need_less_memory_than_one_matrix_of_the_batch_squared(also: tuple[Any, ...]) -> None:
+    case = batch(2048, 16, 0, torch.float32)
+    leaves = {key: case[key].requires_grad_() for key in ("queries", "positives")}
+    square = 4 * 2048**2
+    peaks, kept = [], []
+    for loss in (contrastive, plain.contrastive):
+        saved: list[int] = []
+
+        def keep(tensor: Tensor, saved: list[int] = saved) -> Tensor:
+            saved.append(tensor.numel() * tensor.element_size())
+            return tensor
+
+        with (
+            Accounting() as accounting,
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            terms = loss(**leaves, also=also, sizes=(16, 8, 4, 2))
+            torch.autograd.grad(terms.sum(), list(leaves.values()))
+        peaks.append(accounting.peak_bytes / square)
+        kept.append(sum(saved) / square)
+    assert peaks[0] < 1 + len(also)
+    assert kept[0] < 0.05
+    assert peaks[1] > 4
+    assert kept[1] > 4

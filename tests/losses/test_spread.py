@@ -8,7 +8,7 @@ import torch
 from sentence_transformers.sentence_transformer.losses import GlobalOrthogonalRegularizationLoss
 from torch import Tensor, nn
 
-from gemb.losses import orthogonality, spread_out
+from gemb.losses import all_sizes, orthogonality, spread_out
 from tests.losses import plain
 from tests.losses.goldens import POSITIVES, QUERIES, SIX_DIGITS
 
@@ -82,6 +82,26 @@ def test_both_ways_to_the_sum_of_squares_are_the_plain_one_in_value_and_gradient
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=0)
     given, want = (torch.autograd.grad((value * factors).sum(), x)[0] for value in (found, wanted))
     assert float((given - want).norm() / want.norm()) < tolerance
+
+
+@pytest.mark.parametrize("weights", [None, (1, 2, 3)])
+def test_panels_and_tiles_of_any_height_give_the_same(
+    weights: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = normal(37, 24).requires_grad_(), normal(40, 24, seed=1).requires_grad_()
+    factors = torch.tensor([1, 2, 3]).double()
+
+    def moments_and_gradients() -> list[Tensor]:
+        terms = spread_out(x, others=y, offset=2, sizes=(24, 3, 16), weights=weights)
+        alone = spread_out(x, sizes=(24, 3, 16), weights=weights)
+        gradients = torch.autograd.grad(((terms + alone) * factors).sum(), [x, y])
+        return [terms, alone, *gradients]
+
+    expected = moments_and_gradients()
+    monkeypatch.setattr(all_sizes, "PANEL_ROWS", 20)
+    monkeypatch.setattr(all_sizes, "TILE_NUMBERS", 1)
+    for given, wanted in zip(moments_and_gradients(), expected, strict=True):
+        torch.testing.assert_close(given, wanted, rtol=1e-11, atol=1e-14)
 
 
 def test_orthogonality_is_the_regulariser_of_sentence_transformers() -> None:
