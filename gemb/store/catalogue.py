@@ -220,15 +220,6 @@ class Catalogue:
         try:
             catalogue._check_opened(is_complete=True)
             catalogue._prepare_writing()
-        except _CannotOpen as error:
-            catalogue.close()
-            _explain_write(catalogue.path, error)
-            if os.access(catalogue.path, os.W_OK):
-                raise MachineError(
-                    f"cannot open {catalogue.path}: {error.__cause__}; check the disk, then run the same "
-                    "command again"
-                ) from error
-            raise
         except BaseException:
             catalogue.close()
             raise
@@ -397,14 +388,15 @@ class Catalogue:
             raise
         self.commit()
 
-    def begin_snapshot(self) -> None:
-        """Begins to answer every question by one and the same generation, until `roll_back`.
+    def begin_snapshot(self) -> State:
+        """Begins to answer every question by one and the same generation, until `roll_back`; gives its state.
 
         Where the file was replaced by another one since it was opened, that one answers from now on.
 
         Raises DamagedError where commits that this object has seen are gone.
         """
-        generation = self._snapshot()
+        state = self._snapshot()
+        generation = state.generation
         if generation < self._generation:
             self.roll_back()
             raise self.damaged(
@@ -412,15 +404,16 @@ class Catalogue:
                 f"journal {self.path.name}-wal was damaged, cut off or removed"
             )
         self._generation = generation
+        return state
 
-    def _snapshot(self) -> int:
-        """Begins a snapshot of the file that is at the path now; the number of its last commit."""
+    def _snapshot(self) -> State:
+        """Begins a snapshot of the file that is at the path now; its state."""
         for _ in range(OPENING_TRIES):
             try:
                 self._execute("BEGIN")
-                generation = self.state().generation  # the first question takes the snapshot
+                state = self.state()  # the first question takes the snapshot
                 if self._is_current():
-                    return generation
+                    return state
                 self.roll_back()
             except GembError as error:
                 self.roll_back()
@@ -461,27 +454,41 @@ class Catalogue:
         try:
             return self._connection.execute(statement, parameters)
         except sqlite3.Error as error:
-            _explain(error, self.folder)
+            self._explain(error)
 
     def _rows(self, statement: str, parameters: Sequence[Any] = ()) -> Iterator[Any]:
         """The answer's rows; an error on the way is explained as well."""
         try:
             yield from self._connection.execute(statement, parameters)
         except sqlite3.Error as error:
-            _explain(error, self.folder)
+            self._explain(error)
 
     def _many(self, statement: str, parameters: Iterable[Sequence[Any]]) -> None:
         try:
             self._connection.executemany(statement, parameters)
         except sqlite3.Error as error:
-            _explain(error, self.folder)
+            self._explain(error)
 
     def _one(self, statement: str, parameters: Sequence[Any] = ()) -> Any:  # noqa: ANN401  # as in sqlite3
         try:
             row = self._connection.execute(statement, parameters).fetchone()
         except sqlite3.Error as error:
-            _explain(error, self.folder)
+            self._explain(error)
         return None if row is None else row[0]
+
+    def _explain(self, error: sqlite3.Error) -> NoReturn:
+        """Raises what a failed statement means to a user."""
+        try:
+            _explain(error, self.folder)
+        except _CannotOpen as unopened:
+            if self._reading is None:  # for a writer the disk is the likely reason
+                _explain_write(self.path, error)
+                if os.access(self.path, os.W_OK):
+                    raise MachineError(
+                        f"cannot open {self.path}: {str(error).lower()}; "
+                        "check the disk, then run the same command again"
+                    ) from error
+            raise unopened from error
 
     # ------------------------------------------------------------------ manifest
 
