@@ -327,12 +327,15 @@ def test_a_hard_negative_is_nobodys_positive_in_its_batch() -> None:
         assert not set(own.tolist()) & set(negatives.tolist())
 
 
-def test_repeats_that_cannot_be_kept_apart_are_counted_and_nothing_spins() -> None:
-    rows = [{"anchor": "w1", "positive": f"p{n}"} for n in range(300)] + pairs(100, first=10)
+@pytest.mark.parametrize("queries_there_are", [1, 9])
+def test_repeats_that_cannot_be_kept_apart_are_counted_and_nothing_spins(queries_there_are: int) -> None:
+    rows = [{"anchor": f"w{n % queries_there_are}", "positive": f"p{n}"} for n in range(300)]
+    rows += pairs(10, first=10)
     source = mixture(DataSet(path=write("a.jsonl", rows), prompts=NO_PROMPTS), pairs=8)
     batches = take(source, 200)
     state = source.draws["a"]
-    assert state.repeated == sum(map(repeats, batches)) > 0
+    assert state.repeated == sum(map(repeats, batches))
+    assert (state.repeated > 0) == (queries_there_are == 1)
     assert len(state.waiting) <= 4 * 8
     # Every draw was used or waits.
     assert state.drawn == 200 * 8 + len(state.waiting) + 8 * state.without_negatives
