@@ -58,7 +58,8 @@ class IndexRecipe(ComputeRecipe):
     """The ids of --vectors, one a line; by default those that gemb embed wrote beside them, else those of the
     inputs."""
     vector_field: str | None = None
-    """The column of a Parquet file that holds its vectors; by default embedding, embeddings or vector."""
+    """The column of a Parquet file that holds its vectors; by default embedding, embeddings or vector. With
+    one input and without --vectors, the input is that file."""
     passages: str | None = None
     """How a long document is divided to be searched: auto (passages as long as the model takes), off (cut
     there), TOKENS or TOKENS:OVERLAP; by default auto, or as the index has it."""

@@ -123,6 +123,9 @@ def prepare(recipe: IndexRecipe, *, overwrite: bool, announce: Announce) -> Inde
 
     `announce` hears of a download. Raises GembError for whatever does not fit.
     """
+    if recipe.vector_field is not None and recipe.vectors is None and len(recipe.inputs) == 1:
+        # A table that brings its vectors is both: vectors, and what they are of.
+        recipe = recipe.model_copy(update={"vectors": Path(recipe.inputs[0]), "inputs": ()})
     output = recipe.output
     if output is None:
         raise GembError("no output given; pass -o docs.gemb")
@@ -210,6 +213,10 @@ def _check_vector_options(recipe: IndexRecipe) -> None:
             if value is not None:
                 raise GembError(f"{name} belongs to --vectors, which is not given")
         return
+    if recipe.vector_field is not None and recipe.vectors.suffix.lower() != ".parquet":
+        raise GembError(
+            f"--vector-field names a column of a Parquet file, and {recipe.vectors} is none; leave it out"
+        )
     for option, given in (
         ("--passages", recipe.passages),
         ("--as", recipe.as_),

@@ -664,7 +664,9 @@ def test_a_parquet_file_brings_its_vectors_texts_and_metadata(bench: Bench) -> N
     pq.write_table(pa.table(columns), bench.place / "docs.parquet")
     with pytest.raises(GembError, match='has no column "embedding"; it has id, vec, year, text'):
         bench.run(vectors=bench.place / "docs.parquet")
-    bench.run(vectors=bench.place / "docs.parquet", vector_field="vec", dtype="f32")
+    bench.run(bench.place / "docs.parquet", vector_field="vec", dtype="f32", model=None)
+    report = bench.run(vectors=bench.place / "docs.parquet", vector_field="vec")
+    assert counts_of(report) == (0, 0, 3, 0, 0)
     found = content_of(bench.path)
     assert [(one[1], one[2]) for one in found.values()] == [
         ("x", {"year": 1}),
@@ -803,7 +805,14 @@ def test_a_second_writer_is_refused_with_code_6(bench: Bench) -> None:
         ({"output": Path("no/docs.gemb")}, "no/docs.gemb: there is no folder no; make it first"),
         ({"output": Path("docs.jsonl")}, "docs.jsonl is a file; an index is a folder, choose another name"),
         ({"ids": Path("ids.txt")}, "--ids belongs to --vectors, which is not given"),
-        ({"vector_field": "v"}, "--vector-field belongs to --vectors, which is not given"),
+        (
+            {"vector_field": "v", "sources": ["a.parquet", "b.parquet"]},
+            "--vector-field belongs to --vectors, which is not given",
+        ),
+        (
+            {"vector_field": "v"},
+            "--vector-field names a column of a Parquet file, and docs.jsonl is none; leave it out",
+        ),
         (
             {"vectors": Path("v.npy"), "passages": "off"},
             "--passages is for texts that are embedded here, not for --vectors; leave it out",
