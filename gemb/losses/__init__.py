@@ -9,7 +9,7 @@ Letters: B rows (pairs) of this process, P rows of all processes (P = B on one),
 D width of the embeddings, E width of a teacher's, K Matryoshka sizes.
 """
 
-from gemb.losses.candidates import Direction, Guide
+from gemb.losses.candidates import Direction, Guide, LeftOut, count_left_out
 from gemb.losses.contrastive import GECKO, GTE, QWEN3, contrastive, samtone
 from gemb.losses.matching import Distance, embedding_matching, score_matching
 from gemb.losses.scored import cosent, cosine_error
@@ -22,9 +22,11 @@ __all__ = [
     "Direction",
     "Distance",
     "Guide",
+    "LeftOut",
     "contrastive",
     "cosent",
     "cosine_error",
+    "count_left_out",
     "embedding_matching",
     "orthogonality",
     "samtone",

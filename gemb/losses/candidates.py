@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gemb.losses.all_sizes import PANEL_ROWS
 from gemb.losses.prefixes import unit
 
 Direction = Literal[
@@ -134,3 +135,60 @@ class Masks:
             scores = (self._guide["query"][self._owner] * self._guide["negative"]).sum(1)
             masks.append(scores > self._threshold[self._owner])
         return reduce(or_, masks) if masks else None
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """How many (row, candidate) pairs of a batch are no negatives, of those that could be."""
+
+    duplicates: int
+    """Left out because texts repeat."""
+    false_negatives: int
+    """Left out because the guide finds the candidate too good, and not because texts repeat."""
+    candidates: int
+    """The pairs of a row with another row's positive or with a hard negative of its own."""
+
+
+def count_left_out(
+    queries: int,
+    positives: int,
+    *,
+    offset: int = 0,
+    owner: Tensor | None = None,
+    query_hashes: Tensor | None = None,
+    positive_hashes: Tensor | None = None,
+    negative_hashes: Tensor | None = None,
+    guide: Guide | None = None,
+) -> LeftOut:
+    """What `contrastive` leaves out for B queries, P positives and the same other arguments, for a report.
+
+    Counts query to positive and the rows' own hard negatives. It compares the guide's vectors once more.
+    """
+
+    def count(guide: Guide | None) -> int:
+        masks = Masks(
+            rows=positives,
+            device=torch.device("cpu"),  # asked for no direction that needs it
+            offset=offset,
+            owner=owner,
+            query_hashes=query_hashes,
+            positive_hashes=positive_hashes,
+            negative_hashes=negative_hashes,
+            guide=guide,
+        )
+        found = [
+            masks.left_out("query_to_positive", start, min(start + PANEL_ROWS, queries))
+            for start in range(0, queries, PANEL_ROWS)
+        ]
+        left_out = masks.own_left_out()
+        if left_out is not None:
+            found.append(left_out & local)
+        return sum(int(mask.sum()) for mask in found if mask is not None)
+
+    local = torch.zeros(0) if owner is None else (owner >= offset) & (owner < offset + queries)
+    duplicates = count(None)
+    return LeftOut(
+        duplicates=duplicates,
+        false_negatives=count(guide) - duplicates if guide is not None else 0,
+        candidates=queries * (positives - 1) + int(local.sum()),
+    )

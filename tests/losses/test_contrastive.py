@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gemb.losses import GECKO, GTE, QWEN3, Guide, all_sizes, contrastive, samtone
+from gemb.losses import GECKO, GTE, QWEN3, Guide, LeftOut, all_sizes, contrastive, count_left_out, samtone
 from tests.losses import plain
 from tests.losses.goldens import NEGATIVES, OWNER, POSITIVES, QUERIES, SIX_DIGITS, TEMPERATURE
 
@@ -457,6 +457,36 @@ def test_a_guide_drops_what_it_finds_better_than_the_positive_and_nothing_else()
     assert kept(-0.3, relative=False) == 2
 
 
+def test_what_is_left_out_is_counted_as_in_loops() -> None:
+    case = batch(9, 6, 12)
+    guide = guide_of(case, margin=0.1)
+    hashes = {key: value for key, value in case.items() if key.endswith("_hashes")}
+    duplicates, false_negatives, candidates = 0, 0, 0
+    for i in range(9):
+        limit = plain.cosine(guide.queries[i], guide.positives[i]) - 0.1
+        for j in set(range(9)) - {i}:
+            repeats = any(case[key][i] == case[key][j] for key in ("query_hashes", "positive_hashes"))
+            duplicates += repeats
+            false_negatives += not repeats and plain.cosine(guide.queries[i], guide.positives[j]) > limit
+            candidates += 1
+        for n in range(12):
+            if case["owner"][n] == i and guide.negatives is not None:
+                repeats = bool(case["negative_hashes"][n] == case["positive_hashes"][i])
+                duplicates += repeats
+                false_negatives += not repeats and plain.cosine(guide.queries[i], guide.negatives[n]) > limit
+                candidates += 1
+    found = count_left_out(9, 9, owner=case["owner"], guide=guide, **hashes)
+    assert found == LeftOut(duplicates, false_negatives, candidates)
+    assert min(duplicates, false_negatives) > 0
+    assert count_left_out(9, 9, owner=case["owner"], **hashes) == LeftOut(duplicates, 0, candidates)
+    halves = [
+        count_left_out(rows, 9, offset=start, owner=case["owner"], guide=guide, **hashes)
+        for start, rows in ((0, 4), (4, 5))
+    ]
+    assert sum(half.false_negatives for half in halves) == false_negatives
+    assert sum(half.candidates for half in halves) == candidates
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -466,6 +496,7 @@ def test_a_guide_drops_what_it_finds_better_than_the_positive_and_nothing_else()
         ({"temperature": 0.0}, "temperature is 0.0, not above 0"),
         ({"temperature": float("nan")}, "temperature is nan, not above 0"),
         ({"hardness": -1.0}, "hardness is -1.0, not 0 or more"),
+        ({"weights": (1.0, 2.0)}, "2 weights stand against 1 Matryoshka sizes"),
         ({"offset": 1}, "4 queries from offset 1 have no positive each among 4"),
         ({"owner": None}, "3 negatives have 0 owners; each belongs to one row"),
         ({"queries": torch.empty(0, 8)}, "there are no queries; the mean over no rows has no value"),
