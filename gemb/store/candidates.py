@@ -18,7 +18,7 @@ from gemb.store.codes import QueryCodes, encode_queries
 from gemb.store.scan import LEFT_OUT, BestRows, PackedQueries, block_spans
 from gemb.store.segments import Segment, spread
 
-CANDIDATES = 50
+CANDIDATES = 30
 """Rows that are scored anew, at least, where codes are as wide as the vectors; at least twice k."""
 PREFIX_CANDIDATES = 100
 """The same where codes are a prefix of the vectors; at least five times k."""
@@ -116,6 +116,10 @@ class LiveSegment:
 
     def score(self, queries: Queries, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Cosines[Q, R] of queries and rows[Q, R]; -inf for -1. Each from its own pair alone, to the bit."""
+        if len(rows) == 1 and rows.min(initial=0) >= 0:
+            found = self.segment.vectors(rows[0])
+            alone: NDArray[np.float32] = np.einsum("ij,j->i", found, queries.vectors[0])[None]
+            return alone
         scores = np.full(rows.shape, -np.inf, dtype=np.float32)
         step = max(1, RESCORED_VALUES // max(1, rows.shape[1] * self.segment.layout.dims))
         for start in range(0, len(rows), step):
@@ -148,10 +152,14 @@ class LiveSegment:
         enough = min(wanted, chosen.count)
         while True:
             rows = graph.nearest(queries.codes.codes, fetched, max(expansion, fetched), threads)
-            if chosen.mask is not None:
+            if chosen.mask is None:
+                rows = rows[:, :count]
+                if rows[:, enough - 1].min(initial=0) >= 0:  # nearest first, so the gaps are behind
+                    return rows
+            else:
                 rows[~chosen.mask[rows]] = -1  # row -1 is the last one, which may or may not stay -1
-            order = np.argsort(rows < 0, axis=1, kind="stable")[:, :count]
-            rows = np.take_along_axis(rows, order, 1)
+                order = np.argsort(rows < 0, axis=1, kind="stable")[:, :count]
+                rows = np.take_along_axis(rows, order, 1)
             short = np.flatnonzero((rows >= 0).sum(axis=1) < enough)
             if not short.size:
                 return rows

@@ -84,18 +84,23 @@ def residuals(rows: NDArray[np.float32], codes: NDArray[np.int8], step: float) -
 
 @dataclass(frozen=True, slots=True)
 class QueryCodes:
-    """Queries as the first stage sees them: codes[Q, C], step[Q] of each, residual[Q] from the unit query."""
+    """Queries as the first stage sees them: codes[Q, C], steps[Q] of each, and the unit rows[Q, C] coded."""
 
     codes: NDArray[np.int8]
     steps: NDArray[np.float32]
-    residuals: NDArray[np.float32]
+    rows: NDArray[np.float32]
+
+    @property
+    def residuals(self) -> NDArray[np.float32]:
+        """How far each unit query is from its code's value, [Q]; only a proof asks for it."""
+        difference = self.codes * self.steps[:, None] - self.rows
+        distance: NDArray[np.float32] = np.sqrt(np.einsum("ij,ij->i", difference, difference))
+        return distance
 
 
 def encode_queries(vectors: NDArray[np.float32], dims: int) -> QueryCodes:
     """Codes of the first `dims` coordinates of vectors[Q, D], each query with its own step."""
     rows = unit(np.ascontiguousarray(vectors[:, :dims], dtype=np.float32))
-    steps = np.abs(rows).max(axis=1, initial=0).astype(np.float32) / np.float32(CODE_LIMIT)
+    steps = np.abs(rows).max(axis=1, initial=0) / np.float32(CODE_LIMIT)
     steps[steps == 0] = 1
-    codes = np.clip(np.rint(rows / steps[:, None]), -CODE_LIMIT, CODE_LIMIT).astype(np.int8)
-    difference = codes * steps[:, None] - rows
-    return QueryCodes(codes, steps, np.sqrt(np.einsum("ij,ij->i", difference, difference)))
+    return QueryCodes(np.rint(rows / steps[:, None]).astype(np.int8), steps, rows)

@@ -143,6 +143,8 @@ class Graph:
         rows = np.atleast_2d(np.asarray(found.keys)).astype(np.int64)
         # usearch gives one query's matches without a count, cut to those that were found.
         counts = np.asarray(getattr(found, "counts", [rows.shape[1]]))
+        if rows.shape[1] == count and counts.min(initial=count) == count:
+            return rows
         wide = np.full((len(codes), count), -1, dtype=np.int64)
         wide[:, : rows.shape[1]] = rows
         wide[np.arange(count) >= counts[:, None]] = -1

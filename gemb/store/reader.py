@@ -280,9 +280,8 @@ class Index:
     def _looking(self) -> _Looking:
         return _Looking(self)
 
-    def _refresh(self) -> None:
-        """Brings the view to the generation of the snapshot at hand."""
-        state = self._catalogue.state()
+    def _refresh(self, state: State) -> None:
+        """Brings the view to the generation of the snapshot at hand, whose state it is given."""
         identity = self._catalogue.identity  # another index that took this one's place may be at its number
         if (state, identity) == (self._view.state, self._view.identity) and state.generation:
             for live in self._view.segments:
@@ -362,29 +361,34 @@ class Index:
     ) -> Neighbours:
         """The `width` best documents among the `wanted` best rows of each segment."""
         count = len(queries)
-        all_scores = [np.empty((count, 0), np.float32)]
-        all_keys = [np.empty((count, 0), np.uint64)]
-        all_passages = [np.empty((count, 0), np.int64)]
         several = self._view.state.rows != self._view.state.documents
+        parts: list[list[NDArray[Any]]] = []  # keys, scores, passages of each segment, [Q, R]
         for live in self._view.segments:
             chosen = live.choose(keys)
             if not chosen.count:
                 continue
-            rows, scores = live.best(queries, wanted, chosen, exact=exact, threads=self._threads)  # [Q, R]
+            rows, scores = live.best(queries, wanted, chosen, exact=exact, threads=self._threads)
             own = live.segment.keys
             found = own[np.maximum(rows, 0)]
             found[rows < 0] = 0
-            all_keys.append(found)
-            all_scores.append(scores)
-            all_passages.append(
-                rows - np.searchsorted(own, found, "left") if several else np.zeros_like(rows)
+            part: list[NDArray[Any]] = [found, scores]
+            if several:
+                part.append(rows - np.searchsorted(own, found, "left"))
+            parts.append(part)
+        if not parts:
+            return Neighbours(
+                np.zeros((count, width), np.uint64),
+                np.zeros((count, width), np.float32),
+                np.zeros((count, width), np.int64),
             )
-        found_keys, found_scores = np.concatenate(all_keys, axis=1), np.concatenate(all_scores, axis=1)
-        passages = np.concatenate(all_passages, axis=1)
-        order = np.lexsort((passages, found_keys, -found_scores), axis=-1)
-        found_keys = np.take_along_axis(found_keys, order, 1)
-        found_scores = np.take_along_axis(found_scores, order, 1)
-        passages = np.take_along_axis(passages, order, 1)
+        joined = (
+            parts[0] if len(parts) == 1 else [np.concatenate(own, axis=1) for own in zip(*parts, strict=True)]
+        )
+        order = np.lexsort((*joined[:1:-1], joined[0], -joined[1]), axis=-1)
+        if not several:
+            order = order[:, :width]
+        found_keys, found_scores, *rest = (array[np.arange(count)[:, None], order] for array in joined)
+        passages = rest[0] if rest else np.zeros_like(found_keys, dtype=np.int64)
         if several:
             for query in range(count):
                 _, first = np.unique(found_keys[query], return_index=True)
@@ -531,9 +535,9 @@ class _Looking:
         """Begins a snapshot whose files are all there: a writer removes those of older generations."""
         index = self._index
         for attempt in range(_RETRIES):
-            index._catalogue.begin_snapshot()
+            state = index._catalogue.begin_snapshot()
             try:
-                index._refresh()
+                index._refresh(state)
                 return
             except MissingFileError as error:
                 if not index.folder.exists():
