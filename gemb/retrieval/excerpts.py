@@ -12,9 +12,9 @@ _MARK = "…"
 def excerpt(text: str, query: str, characters: int) -> str:
     """At most `characters` of `text` on one line, around the sentence that shares most with `query`.
 
-    A sentence is worth the letters of the query's words that it has: long words say more, and no list of a
-    language's small words is needed. Of equal sentences the first is taken; without a shared word the text
-    is shown from its beginning. What is left out at either end is marked with `…`.
+    A sentence is worth the squared lengths of the query's words that it has: long words say more, and no
+    list of a language's small words is needed. Of equal sentences the first is taken; without a shared word
+    the text is shown from its beginning. What is left out at either end is marked with `…`.
     """
     line = " ".join(text.split())
     if len(line) <= characters:
@@ -41,7 +41,7 @@ def _best_start(line: str, query: str, characters: int) -> int:
             if found and not shared:
                 first = match.start()
             shared |= found
-        worth = sum(map(len, shared))
+        worth = sum(len(word) ** 2 for word in shared)
         if worth > most:
             is_far_in = first - sentence.start() > characters // 2
             best, most = first - characters // 4 if is_far_in else sentence.start(), worth

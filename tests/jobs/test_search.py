@@ -202,6 +202,7 @@ def test_a_query_without_a_hit_fails_only_where_it_was_asked_to(films: Path, tmp
         assert (report.exit_code, hits) == (Exit.DONE, [])
         report, _ = ask(films, query=QUERY, **settings, fail_empty=True)
         assert report.exit_code == Exit.GATE
+    assert ask(films, query=QUERY, fail_empty=True)[0].exit_code == Exit.DONE
     queries = write_queries(tmp_path, ["whale", "zzz1", "zzz2", "zzz3", "zzz4"])["queries.jsonl"]
     report, hits = ask(films, queries=str(queries), lexical=True, fail_empty=True)
     assert (report.exit_code, ids(hits)) == (Exit.GATE, ["whale"])

@@ -21,8 +21,9 @@ def test_the_sentence_with_the_words_of_the_query_is_shown() -> None:
 
 
 def test_long_words_say_more_than_small_ones() -> None:
-    # "the" and "in" stand in several sentences; "market" decides.
-    assert "market" in excerpt(TEXT, "the market in the", 60)
+    # "It is in the north of" has four words of the query, the other sentence has one.
+    text = "It is in the north of the land, they say. " + "Filler words stand here. " * 5 + "A market opens."
+    assert "market" in excerpt(text, "is it in the market", 40)
 
 
 def test_a_word_is_found_in_its_other_forms() -> None:

@@ -97,6 +97,18 @@ def test_a_filter_knows_the_fields_of_every_index(tmp_path: Path) -> None:
     assert str(caught.value) == "--where: no field yaer; did you mean year?\n  yaer = 1\n  ^"
 
 
+def test_a_field_of_two_types_may_be_compared_with_either(tmp_path: Path) -> None:
+    rows = vectors(3, 5)
+    indexes = []
+    for name, value in (("a", 1), ("b", "one")):
+        with Writer.open(tmp_path / name, Settings(dims=DIMS)) as writer:
+            writer.put([Document(name, metadata={"page": value})], rows[:1])
+        indexes.append(Index.open(tmp_path / name))
+    for order in (indexes, indexes[::-1]):
+        wanted = Wanted(where=parse_where("page = 1 or page = 'one'", order))
+        assert len(search_all(order, wanted, vectors=rows[:1])[0]) == 2
+
+
 def test_what_cannot_be_wanted_is_told() -> None:
     told = {
         "k is 0; ask for at least 1 document": {"k": 0},
