@@ -327,15 +327,25 @@ def test_a_hard_negative_is_nobodys_positive_in_its_batch() -> None:
         assert not set(own.tolist()) & set(negatives.tolist())
 
 
-@pytest.mark.parametrize("queries_there_are", [1, 9])
-def test_repeats_that_cannot_be_kept_apart_are_counted_and_nothing_spins(queries_there_are: int) -> None:
-    rows = [{"anchor": f"w{n % queries_there_are}", "positive": f"p{n}"} for n in range(300)]
-    rows += pairs(10, first=10)
+def grid(queries: int, positives: int) -> list[dict[str, Any]]:
+    """Every query with every positive, so that an example can be kept waiting by two others."""
+    return [{"anchor": f"w{q}", "positive": f"p{p}"} for q in range(queries) for p in range(positives)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "share"),
+    [(grid(1, 300) + pairs(100, first=10), 0.6), (grid(12, 12), 0.01)],
+    ids=["one query", "a grid"],
+)
+def test_repeats_that_cannot_be_kept_apart_are_counted_and_nothing_spins(
+    rows: list[dict[str, Any]], share: float
+) -> None:
     source = mixture(DataSet(path=write("a.jsonl", rows), prompts=NO_PROMPTS), pairs=8)
     batches = take(source, 200)
     state = source.draws["a"]
-    assert state.repeated == sum(map(repeats, batches))
-    assert (state.repeated > 0) == (queries_there_are == 1)
+    assert 0 < state.repeated <= share * 1600
+    # An example that repeats something repeats its query, its positive or both.
+    assert state.repeated <= sum(map(repeats, batches)) <= 2 * state.repeated
     assert len(state.waiting) <= 4 * 8
     # Every draw was used or waits.
     assert state.drawn == 200 * 8 + len(state.waiting) + 8 * state.without_negatives
