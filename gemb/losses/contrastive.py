@@ -26,7 +26,7 @@ from gemb.losses.all_sizes import (
     to_slopes,
 )
 from gemb.losses.candidates import Direction, Guide, Masks
-from gemb.losses.prefixes import check_sizes, promoted
+from gemb.losses.prefixes import check_sizes, full_precision, promoted
 
 GECKO: tuple[Direction, ...] = ("query_to_query",)
 """Other rows' queries are negatives too (Gecko, arXiv 2403.20327; SamToNe, 2306.02516, on the query side)."""
@@ -127,7 +127,7 @@ def contrastive(
     embeddings = (
         None if rows is None else promoted(rows) for rows in (queries, all_queries, positives, negatives)
     )
-    with torch.autocast(queries.device.type, enabled=False):
+    with full_precision(queries):
         terms: Tensor = _Contrastive.apply(form, *embeddings)  # type: ignore[no-untyped-call]
     return terms[[ascending.index(k) for k in range(len(sizes))]]
 
@@ -161,7 +161,7 @@ def samtone(
         queries,
         positives,
         offset=offset,
-        all_queries=everyone,
+        all_queries=all_queries,
         query_hashes=query_hashes,
         positive_hashes=positive_hashes,
         temperature=temperature,
@@ -175,7 +175,7 @@ def samtone(
         positives[offset : offset + len(queries)],
         everyone,
         offset=offset,
-        all_queries=positives,
+        all_queries=None if len(positives) == len(queries) else positives,
         query_hashes=positive_hashes,
         positive_hashes=query_hashes,
         temperature=temperature,
@@ -285,7 +285,8 @@ class _Contrastive(torch.autograd.Function):
         factor = common_factor(upstream, ctx.arguments.weights)
         if factor is not None:
             return None, *(None if gradient is None else gradient * factor for gradient in gradients)
-        again = _evaluate(ctx.arguments, queries, all_queries, positives, negatives, upstream)
+        with full_precision(queries):
+            again = _evaluate(ctx.arguments, queries, all_queries, positives, negatives, upstream)
         return None, *again[1]
 
 

@@ -8,8 +8,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
-from gemb.losses.prefixes import check_sizes, unit
+from gemb.losses.prefixes import check_sizes, full_precision, unit
 
 Distance = Literal["l2", "squared", "cosine"]
 
@@ -42,7 +43,8 @@ def embedding_matching(
     width = min(student.shape[1], teacher.shape[1]) if cut and projection is None else None
     compared: Tensor = unit(student, width)
     if projection is not None:
-        compared = projection(compared)
+        with full_precision(compared):
+            compared = projection(compared)
     with torch.no_grad():
         target = unit(teacher, width).to(compared.dtype)
     if compared.shape[1] != target.shape[1]:
@@ -91,12 +93,13 @@ def score_matching(
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
     if not (temperature > 0 and teacher_temperature > 0):
         raise ValueError(f"temperatures are {temperature} and {teacher_temperature}, not above 0")
-    with torch.no_grad():
-        scores = unit(teacher_queries) @ unit(teacher_candidates).T
-        target = torch.log_softmax(scores / teacher_temperature, dim=1)  # [B, C]
     losses = []
-    for size in check_sizes(sizes, queries.shape[1]):
-        logits = unit(queries, size) @ unit(candidates, size).T / temperature
-        given = torch.log_softmax(logits, dim=1)
-        losses.append(torch.nn.functional.kl_div(given, target, reduction="batchmean", log_target=True))
+    with full_precision(queries):
+        with torch.no_grad():
+            scores = unit(teacher_queries) @ unit(teacher_candidates).T
+            target = torch.log_softmax(scores / teacher_temperature, dim=1)  # [B, C]
+        for size in check_sizes(sizes, queries.shape[1]):
+            logits = unit(queries, size) @ unit(candidates, size).T / temperature
+            given = torch.log_softmax(logits, dim=1)
+            losses.append(kl_div(given, target.to(given.dtype), reduction="batchmean", log_target=True))
     return torch.stack(losses)

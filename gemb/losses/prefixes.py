@@ -41,6 +41,14 @@ def cosines(first: Tensor, second: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.stack([(unit(first, size) * unit(second, size)).sum(1) for size in sizes])
 
 
+def full_precision(rows: Tensor) -> torch.autocast:
+    """The context in which autocast leaves products of rows on this device as they are.
+
+    A product in bfloat16 has errors of 0.004, which a temperature of 0.05 makes 0.08 of a logit.
+    """
+    return torch.autocast(rows.device.type, enabled=False)
+
+
 def promoted(rows: Tensor) -> Tensor:
     """Rows in float32, or in float64 where they are: squares of 16-bit floats lose too much."""
     return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()

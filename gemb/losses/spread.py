@@ -22,7 +22,7 @@ from gemb.losses.all_sizes import (
     to_cosines,
     to_slopes,
 )
-from gemb.losses.prefixes import check_sizes, promoted, unit
+from gemb.losses.prefixes import check_sizes, full_precision, promoted, unit
 
 
 def spread_out(
@@ -73,7 +73,7 @@ def orthogonality(
     for size in sizes:
         x, y = unit(rows, size), unit(columns, size)
         own = (x * y[offset : offset + len(x)]).sum()
-        first.append((x.sum(0) @ y.sum(0) - own) / pairs)
+        first.append(((x.sum(0) * y.sum(0)).sum() - own) / pairs)
     limits = torch.tensor([1 / size for size in sizes], dtype=second.dtype, device=second.device)
     return torch.stack(first).square() + torch.relu(second - limits)
 
@@ -94,10 +94,11 @@ def _second_moments(
         return 0 * unit(rows).sum().expand(len(sizes))
     multiplied = len(rows) if others is None else len(rows) + len(others)
     if multiplied * sum(size**2 for size in sizes) < len(rows) * len(columns) * rows.shape[1]:
-        return torch.stack([_square_sum(rows, others, offset, size) for size in sizes]) / pairs
+        with full_precision(rows):
+            return torch.stack([_square_sum(rows, others, offset, size) for size in sizes]) / pairs
     ascending = sorted(range(len(sizes)), key=sizes.__getitem__)
     form = _Form(tuple(sizes[k] for k in ascending), tuple(weights[k] for k in ascending), offset)
-    with torch.autocast(rows.device.type, enabled=False):
+    with full_precision(rows):
         moments: Tensor = _SecondMoments.apply(  # type: ignore[no-untyped-call]
             form, promoted(rows), None if others is None else promoted(others)
         )
@@ -144,7 +145,8 @@ class _SecondMoments(torch.autograd.Function):
         factor = common_factor(upstream, ctx.arguments.weights)
         if factor is not None:
             return None, *(None if gradient is None else gradient * factor for gradient in gradients)
-        return None, *_evaluate(ctx.arguments, rows, others, upstream)[1]
+        with full_precision(rows):
+            return None, *_evaluate(ctx.arguments, rows, others, upstream)[1]
 
 
 def _evaluate(

@@ -8,7 +8,14 @@ import torch
 from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, EmbedDistillLoss
 from torch import Tensor, nn
 
-from gemb.losses import Distance, contrastive, embedding_matching, score_matching, spread_out
+from gemb.losses import (
+    Distance,
+    contrastive,
+    embedding_matching,
+    orthogonality,
+    score_matching,
+    spread_out,
+)
 from tests.losses import plain
 from tests.losses.goldens import NEGATIVES, POSITIVES, QUERIES, SIX_DIGITS
 
@@ -156,6 +163,28 @@ def test_score_matching_is_zero_for_the_teacher_itself() -> None:
     turn = torch.linalg.qr(normal(6, 6, 3)).Q
     found = score_matching(queries @ turn, 2 * candidates @ turn, queries, candidates)
     torch.testing.assert_close(found, torch.zeros(1).double(), rtol=0, atol=1e-14)
+
+
+def test_autocast_changes_nothing() -> None:
+    rows = [
+        normal(n, width, seed).float() for seed, (n, width) in enumerate([(4, 6), (5, 6), (4, 3), (5, 3)])
+    ]
+    projection = nn.Linear(6, 3)
+
+    def losses() -> list[Tensor]:
+        many = rows[0].repeat(50, 1)
+        return [
+            score_matching(*rows, sizes=(6, 2)),
+            embedding_matching(rows[0], rows[2], projection=projection),
+            spread_out(rows[0]),
+            spread_out(many, sizes=(2, 3)),
+            orthogonality(rows[0], others=rows[1]),
+        ]
+
+    expected = losses()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for given, wanted in zip(losses(), expected, strict=True):
+            assert torch.equal(given, wanted)
 
 
 def test_what_does_not_fit_is_refused() -> None:
