@@ -84,11 +84,11 @@ def search(
         "offline": offline,
     }
     wanted = recipes.load(recipe, SearchRecipe, set_ or (), given)
-    with progress(quiet=quiet or not job.is_batch(wanted), json=json) as on_progress:
-        if job.is_conversation(wanted, json=json):
-            from gemb.jobs.conversation import converse
+    if job.is_conversation(wanted, json=json):
+        from gemb.jobs.conversation import converse
 
-            converse(wanted, on_progress)
-            return
+        converse(wanted)
+        return
+    with progress(quiet=quiet, json=json) as on_progress:
         report = job.run(wanted, on_progress, json=json)
     show(report, json=json, quiet=quiet or not job.is_batch(wanted))

@@ -1,6 +1,7 @@
 """Many queries to the same indexes, one after the other at a prompt, with the model loaded once."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable
 from typing import TextIO
@@ -8,7 +9,7 @@ from typing import TextIO
 from gemb.errors import GembError
 from gemb.jobs.hits import write_table
 from gemb.jobs.search import Queries, Search, SearchRecipe
-from gemb.report import OnProgress, ignore
+from gemb.report import Event
 from gemb.retrieval.queries import check_query
 
 PROMPT = "search: "
@@ -26,36 +27,36 @@ HELP = """\
 
 
 def converse(
-    recipe: SearchRecipe,
-    on_progress: OnProgress = ignore,
-    *,
-    ask: Callable[[str], str] = input,
-    output: TextIO | None = None,
+    recipe: SearchRecipe, *, ask: Callable[[str], str] = input, output: TextIO | None = None
 ) -> None:
     """Answers what `ask` gives until it raises EOFError; a mistake is told and ends nothing.
 
     Raises GembError, before the first prompt, for indexes that cannot be searched and a model that cannot
     be had.
     """
-    output = sys.stdout if output is None else output
+    screen = sys.stdout if output is None else output
+
+    def tell(event: Event) -> None:
+        screen.write(f"{event.note}\n" if event.note else "")
+
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # gives input() a history and the usual keys
-    with Search(recipe, on_progress) as search:
+    with Search(recipe, tell) as search:
         if not recipe.lexical:
             search.load()
         documents = sum(index.state.documents for index in search.indexes)
-        output.write(f"{', '.join(search.names)}: {documents:,} documents; :help explains, Ctrl-D ends\n")
+        screen.write(f"{', '.join(search.names)}: {documents:,} documents; :help explains, Ctrl-D ends\n")
         while True:
             try:
-                _obey(search, ask(PROMPT).strip(), output)
+                _obey(search, ask(PROMPT).strip(), screen)
             except EOFError:
-                output.write("\n")
+                screen.write("\n")
                 return
             except GembError as error:
-                output.write(f"{error}\n")
+                screen.write(f"{error}\n")
             except KeyboardInterrupt:  # the line, or a long search, is given up
-                output.write("\n")
-            output.flush()
+                screen.write("\n")
+            screen.flush()
 
 
 def _obey(search: Search, line: str, output: TextIO) -> None:
@@ -69,7 +70,7 @@ def _obey(search: Search, line: str, output: TextIO) -> None:
     argument = argument.strip()
     match command:
         case "k":
-            if not argument.isascii() or not argument.isdecimal() or int(argument) < 1:
+            if not re.fullmatch("[1-9][0-9]{0,8}", argument):
                 raise GembError(f":k {argument}: not a number of documents; write one such as :k 20")
             _change(search, k=int(argument))
         case "where":

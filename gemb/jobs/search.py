@@ -145,7 +145,8 @@ class Search:
         ]
 
     def answer_like(self, id_: str) -> Answer:
-        """The neighbours of a stored document."""
+        """The neighbours of a stored document. Raises GembError if it could be of several indexes."""
+        _check_one(self.recipe)
         (index,) = self.indexes
         found = [Found(0, hit) for hit in like(index, id_, self._wanted(self.recipe))]
         return Answer(None, f"like {id_}", found, self.names, "vector")
@@ -240,7 +241,8 @@ def run(
                 else:
                     WRITERS[form](answer, output)
             output.flush()
-            on_progress(Event("searching", count, unit="queries"))
+            if is_batch(recipe):
+                on_progress(Event("searching", count, unit="queries"))
     seconds = time.perf_counter() - started
     return Report(
         title=f"answered {count:,} {'query' if count == 1 else 'queries'} in {seconds:.1f} s",
@@ -327,8 +329,13 @@ def _check(recipe: SearchRecipe) -> None:
     for name in ("hybrid", "lexical"):
         if getattr(recipe, name) and given and given[0] in ("--vectors", "--like"):
             raise GembError(f"--{name} needs the words of the query; leave it or {given[0]} out")
-    if recipe.like is not None and len(recipe.indexes) > 1:
-        raise GembError("--like looks for the neighbours of a document in its own index; name one index")
+    if recipe.like is not None:
+        _check_one(recipe)
+
+
+def _check_one(recipe: SearchRecipe) -> None:
+    if len(recipe.indexes) > 1:
+        raise GembError("like looks for the neighbours of a document in its own index; name one index")
 
 
 def _named(queries: Sequence[str]) -> str:

@@ -20,7 +20,9 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_films(tmp_path_factory.mktemp("made") / "films.gemb")
 
 
-def talk(index: Path, *lines: str | BaseException, **settings: object) -> list[str]:
+def talk(
+    index: Path, *lines: str | BaseException, others: tuple[Path, ...] = (), **settings: object
+) -> list[str]:
     """What the prompt says to each line, the greeting first; an exception is raised in place of a line."""
     output = io.StringIO()
     said: list[str] = []
@@ -37,7 +39,7 @@ def talk(index: Path, *lines: str | BaseException, **settings: object) -> list[s
         return line
 
     fast = {"device": "cpu", "precision": "fp32", "threads": 1}
-    converse(SearchRecipe(indexes=(index,), **(fast | settings)), ask=ask, output=output)  # type: ignore[arg-type]
+    converse(SearchRecipe(indexes=(index, *others), **(fast | settings)), ask=ask, output=output)  # type: ignore[arg-type]
     return said
 
 
@@ -81,12 +83,12 @@ def test_the_neighbours_of_a_document(films: Path) -> None:
 
 def test_a_mistake_is_told_and_changes_nothing(films: Path) -> None:
     said = talk(
-        films, ":k none", ":k 0", ":where yaer = 1", ":nosuch", ":like nosuch", "\ud800",
+        films, ":k none", ":k " + "9" * 5000, ":where yaer = 1", ":nosuch", ":like nosuch", "\ud800",
         KeyboardInterrupt(), ":help", "a white whale",
     )  # fmt: skip
     assert said[1:] == [
         ":k none: not a number of documents; write one such as :k 20\n",
-        ":k 0: not a number of documents; write one such as :k 20\n",
+        f":k {'9' * 5000}: not a number of documents; write one such as :k 20\n",
         "--where: no field yaer; did you mean year?\n  yaer = 1\n  ^\n",
         ":nosuch: no such command; :help lists them\n",
         f"{films} has no document 'nosuch'\n",
@@ -96,6 +98,14 @@ def test_a_mistake_is_told_and_changes_nothing(films: Path) -> None:
         said[-1],
     ]
     assert len(ids(said[-1])) == len(FILMS)
+
+
+def test_several_indexes_are_talked_to_as_one(films: Path, tmp_path: Path) -> None:
+    other = make_films(tmp_path / "other.gemb", FILMS[:1])
+    said = talk(films, "a white whale", ":like whale", others=(other,))
+    assert said[0] == f"{films}, {other}: 6 documents; :help explains, Ctrl-D ends\n"
+    assert ids(said[1])[0] == "whale"
+    assert said[2] == "like looks for the neighbours of a document in its own index; name one index\n"
 
 
 def test_what_a_writer_adds_is_found_at_the_next_query(tmp_path: Path) -> None:

@@ -223,6 +223,8 @@ def test_a_long_file_of_queries_shows_how_far_it_is(films: Path, tmp_path: Path)
     seen: list[Event] = []
     search.run(recipe(films, queries=str(queries), lexical=True), seen.append, output=io.StringIO())
     assert seen == [Event("searching", 5, unit="queries")]
+    search.run(recipe(films, query="whale", lexical=True), seen.append, output=io.StringIO())
+    assert len(seen) == 1  # no bar for a single query
 
 
 # --- refusals, word for word
@@ -254,7 +256,7 @@ def test_what_does_not_go_together_is_told(films: Path, settings: dict[str, Any]
 def test_no_index_and_two_indexes_where_one_is_needed_are_told(films: Path) -> None:
     assert refused(query="x") == "no index given; gemb search docs.gemb 'what to search for'"
     assert refused(films, films, like="whale") == (
-        "--like looks for the neighbours of a document in its own index; name one index"
+        "like looks for the neighbours of a document in its own index; name one index"
     )
 
 
