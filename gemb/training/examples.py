@@ -104,6 +104,7 @@ class Rows:
 
     def __init__(self, folder: Path, prepared: Prepared, data: DataSet) -> None:
         self.prepared = prepared
+        self.rejects_path = folder / "rejects.jsonl"
         self.name = prepared.name
         self.shape = prepared.shape
         self.size = prepared.size

@@ -129,7 +129,8 @@ class Mixture:
         unpacked rows. `pairs` are the examples of a batch, all ranks together, where the data set does not
         say; a data set with fewer rows has smaller batches. `leave_out_prompts` is True for a model that
         pools without its prompts. `needs_negatives` is False for losses that compare nothing within a batch.
-        `keep_texts` fills `TrainingBatch.texts`. A position fits any number of ranks.
+        `keep_texts` fills `TrainingBatch.texts`. A position fits any number of ranks. `notice` hears of
+        rejected rows and of smaller batches.
 
         Raises GembError for what is wrong with data, shares, sizes; MismatchError for an unknown prompt and
         a position that belongs to other data or settings.
@@ -144,6 +145,8 @@ class Mixture:
             ]
             members = []
             for one, its in zip(data, rows, strict=True):
+                if its.prepared.rejected:
+                    notice(_rejections(its))
                 size = _batch_size(one.pairs or pairs, its, ranks, notice)
                 if needs_negatives:
                     _check_negatives(its, one, size)
@@ -376,6 +379,16 @@ def _check_names(data: Sequence[DataSet]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise GembError(f"two data sets are called {name}; give them names of their own with name:")
+
+
+def _rejections(rows: Rows) -> str:
+    """What is told of the rows that cannot be used."""
+    prepared = rows.prepared
+    total = prepared.rejected + prepared.size
+    return (
+        f"{rows.name}: {prepared.rejected:,} of {total:,} rows rejected, the first: "
+        f"{prepared.first_rejects[0]}; all are in {rows.rejects_path}"
+    )
 
 
 def _batch_size(wanted: int, rows: Rows, ranks: int, notice: Callable[[str], None]) -> int:

@@ -139,6 +139,27 @@ def test_rows_that_teach_nothing_are_counted_and_written_down_with_their_lines()
     assert rejects[3]["reason"] == "not an object with named values"
 
 
+def test_broken_rows_of_csv_are_rejected_and_the_others_read() -> None:
+    rows = b'anchor,positive\na,p\nb\n\nc,\xff\nd,"q\nr"\ne,"s"x\nf,\n'
+    with rows_of(write("pairs.csv", rows)) as found:
+        assert [found.example(row).query.text for row in range(found.size)] == ["a", "d"]
+        assert found.prepared.first_rejects == (
+            "pairs.csv:3: 1 columns where the header has 2",
+            "pairs.csv:5: not UTF-8: byte 0xff at byte 2 of the row",
+            "pairs.csv:8: broken quoting: ',' expected after '\"'",
+            'pairs.csv:9: "positive" is empty',
+        )
+
+
+def test_damaged_parquet_and_compressed_files_are_told() -> None:
+    write("pairs.parquet", FORMATS["pairs.parquet"][:-30])
+    assert failure("pairs.parquet").startswith("pairs.parquet: not a Parquet file, or damaged: ")
+    write("pairs.jsonl.gz", FORMATS["pairs.jsonl.gz"][:-4])  # without the end of the checksum
+    assert failure("pairs.jsonl.gz") == (
+        "pairs.jsonl.gz: the compressed data break after line 3: it is cut off; fetch or make the file again"
+    )
+
+
 def test_a_data_set_without_a_usable_row_is_an_error() -> None:
     write("pairs.jsonl", jsonl([{"anchor": "a", "positive": "a"}, {"anchor": "", "positive": "b"}]))
     (where,) = [f"cache/{folder.name}/rejects.jsonl" for folder in _prepared_folder("pairs.jsonl")]

@@ -296,6 +296,18 @@ def test_a_data_set_smaller_than_a_batch_has_smaller_batches_and_says_so() -> No
     assert heard == ["a: batches of 6 instead of 64, for there are 7 usable rows"]
 
 
+def test_rejected_rows_are_told_with_the_first_of_them_and_where_all_are() -> None:
+    heard: list[str] = []
+    rows = [*pairs(3), {"anchor": "same", "positive": "same"}]
+    source = mixture(DataSet(path=write("a.jsonl", rows), prompts=NO_PROMPTS), pairs=3, notice=heard.append)
+    (folder,) = Path("cache").iterdir()
+    assert heard == [
+        "a: 1 of 4 rows rejected, the first: a.jsonl:4: the positive equals the query; "
+        f"all are in {folder}/rejects.jsonl"
+    ]
+    assert source.rows[0].rejects_path.read_bytes().count(b"\n") == 1
+
+
 # No text twice in a batch.
 
 
