@@ -103,7 +103,7 @@ class Length:
     steps: int | None = None
     tokens: int | None = None
 
-    def share(self, step: int, tokens: int) -> float:
+    def share(self, step: float, tokens: float) -> float:
         """How much of the run is done, 0 to 1."""
         done, total = (step, self.steps) if self.steps is not None else (tokens, self.tokens)
         return min(1.0, done / total) if total else 1.0
@@ -202,8 +202,10 @@ class Training:
             batch = next(batches, None)
             if batch is None:
                 break
-            share = self.length.share(self.progress.step, self.progress.tokens)
-            rate = self.rate(share)
+            # In the middle of the step: the first step of a warm-up does something, and so does the last one.
+            rate = self.rate(
+                self.length.share(self.progress.step + 0.5, self.progress.tokens + len(batch.ids) / 2)
+            )
             for group in self.optimizer.param_groups:
                 # The largest rate is kept in the group, as torch's schedulers do, and so in the checkpoints.
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * rate

@@ -87,6 +87,14 @@ class Ranks:
         """The smallest of all ranks' values."""
         return value if self.count == 1 else -self._most(-value)
 
+    def first(self, value: float) -> float:
+        """The value of the first rank, on all of them."""
+        if self.count == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64, device=_device_of_group())
+        dist.broadcast(shared, 0)
+        return float(shared)
+
     def wait(self) -> None:
         """Returns when every rank is here."""
         if self.count > 1:

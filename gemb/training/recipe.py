@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from gemb.recipe import ModelName, Recipe, RecipeInput, RecipePath
+from gemb.recipe import ComputeRecipe, Recipe, RecipeInput, RecipePath
 from gemb.training.data_recipe import DataSet, MixtureSettings, check_shares
 
 
@@ -16,8 +16,6 @@ class BatchSettings(Recipe):
 
     pairs: int = Field(default=64, ge=1)
     """Examples of one optimizer step, all devices together; each is a negative of all the others."""
-    tokens_per_chunk: int | None = Field(default=None, ge=1)
-    """Tokens encoded at once; by default what the memory allows, found before the first step."""
     memory_gib: float | None = Field(default=None, gt=0)
     """GiB that the graphs of a batch may take; beyond it texts are encoded twice (GradCache), with the same
     gradients; by default half of what is free."""
@@ -218,17 +216,11 @@ class CheckpointSettings(Recipe):
     """Leave the checkpoints in OUTPUT/run when the run is done."""
 
 
-_NO_HALF = "float16 gives NaN in Gemma models; use bf16 or fp32"
-
-
-class TrainRecipe(Recipe):
+class TrainRecipe(ComputeRecipe):
     """What `gemb train` is asked to do."""
 
     kind: ClassVar[str] = "train"
 
-    model: ModelName | None = None
-    """The model to begin with: a folder, a name on the Hugging Face hub, `minilm`, or `tiny-gemma3`, a small
-    Gemma 3 encoder with random weights and a vocabulary made from the data."""
     output: RecipePath | None = None
     """The folder of the finished model; until then OUTPUT.partial holds the run."""
     data: tuple[DataSet, ...] = ()
@@ -264,16 +256,8 @@ class TrainRecipe(Recipe):
     """What is measured before, during and after."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     """When the state is saved."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=42, ge=0, lt=2**63)
     """What all random numbers follow from."""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1, mps; under torchrun each rank takes its own GPU."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Numbers of the products; weights and optimizer are always fp32."""
-    threads: int | None = Field(default=None, ge=1)
-    """Processor threads; by default all that this process may use."""
-    offline: bool = False
-    """Never open a connection; a model that is not on this machine is an error."""
     tensorboard: bool = False
     """Write OUTPUT/run/tensorboard as well; needs the package tensorboard."""
     fail_on_regression: bool = False
@@ -281,18 +265,13 @@ class TrainRecipe(Recipe):
     wait_lock: float = Field(default=0.0, ge=0)
     """Seconds to wait while another run holds the output."""
 
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _check_precision(cls, value: object) -> object:
-        if value in ("fp16", "f16", "float16", "half"):
-            raise ValueError(f"{value!r} is refused: {_NO_HALF}")
-        return value
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         lengths = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
         if len(lengths) > 1:
-            raise ValueError(f"{' and '.join(lengths)} are both given; a run has one length")
+            raise ValueError(
+                f"{' and '.join(lengths)} are both given; set one to null, as a run has one length"
+            )
         if self.data:
             check_shares(self.data, self.mixture)
         names = [term.name for term in self.losses]

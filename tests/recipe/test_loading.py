@@ -319,11 +319,12 @@ def test_every_shipped_recipe_says_what_it_does_and_how_to_run_it() -> None:
 def test_every_shipped_recipe_is_valid_and_repeats_no_default(name: str) -> None:
     (text,) = (recipe.text for recipe in shipped_recipes() if recipe.name == name)
     given = parse(text).values
-    job = import_module(f"gemb.jobs.{given.pop('kind')}")
+    kind = given.pop("kind")
+    job = import_module(f"gemb.jobs.{kind}")
     (model,) = (
         value
         for value in vars(job).values()
-        if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == job.__name__
+        if isinstance(value, type) and issubclass(value, Recipe) and value.kind == kind
     )
     loaded = load(name, model)
     defaults = {key_of(field): info.default for field, info in model.model_fields.items()}

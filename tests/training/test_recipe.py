@@ -60,7 +60,10 @@ optimizer: {learning_rate: fast}
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("steps: 5\nepochs: 2.0", "steps and epochs are both given; a run has one length"),
+        (
+            "steps: 5\nepochs: 2.0",
+            "steps and epochs are both given; set one to null, as a run has one length",
+        ),
         ("losses: []", "losses is empty; give at least one term, such as - name: contrastive"),
         (
             "losses: [{name: spread_out}, {name: spread_out}]",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gemb.losses import (
+    GECKO,
     contrastive,
     cosent,
     cosine_error,
@@ -64,7 +65,7 @@ def test_terms_are_the_losses_at_all_sizes() -> None:
                 N,
                 owner=OWNER,
                 sizes=SIZES,
-                also=("query_to_query",),
+                also=GECKO,
                 negatives_of="all",
                 temperature=0.2,
             )

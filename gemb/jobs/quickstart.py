@@ -1,0 +1,225 @@
+"""What `gemb train quickstart` needs and every machine has: pairs from docstrings, and a model to begin with.
+
+The pairs come from the Python standard library: the words of a dotted name find its docstring, and the first
+paragraph of a docstring finds the rest. A tenth of the modules is held out, so that no text of a module is
+on both sides. The model is a small Gemma 3 encoder with random weights whose vocabulary is made from the
+texts, so that nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from gemb.errors import UnavailableError
+from gemb.files import atomic_write, os_errors_explained, write_json
+
+DOCSTRINGS = "docstrings"
+HELD_OUT = "docstrings-held-out"
+"""The names of the data sets, as a recipe gives them for a path."""
+
+TINY_GEMMA3 = "tiny-gemma3"
+"""The name of the model."""
+
+_HELD_OUT_TENTHS = 1
+_LONGEST = 800
+"""Characters of a passage; the rest says little more, and costs time."""
+
+VOCABULARY = 6000
+"""Entries of the tokenizer, the special ones included."""
+_SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
+_WIDTH = 192
+_CONFIG: Mapping[str, Any] = {
+    "architectures": ["Gemma3TextModel"],
+    "model_type": "gemma3_text",
+    "hidden_size": _WIDTH,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "query_pre_attn_scalar": 64,
+    "max_position_embeddings": 512,
+    "sliding_window": 512,
+    "layer_types": ["full_attention"] * 3,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "use_bidirectional_attention": True,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "initializer_range": 0.02,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "dtype": "float32",
+}
+
+
+def write_docstrings(folder: Path) -> dict[str, Path]:
+    """Write the pairs below `folder` unless they are there; the file of each data set by its name.
+
+    Raises UnavailableError if this Python has no sources.
+    """
+    files = {name: folder / f"{name}.jsonl" for name in (DOCSTRINGS, HELD_OUT)}
+    if all(file.is_file() for file in files.values()):
+        return files
+    lines: dict[str, list[bytes]] = {name: [] for name in files}
+    for name, query, positive in docstring_pairs(Path(sysconfig.get_path("stdlib"))):
+        row = {"query": query, "positive": positive}
+        lines[name].append(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+    if not all(lines.values()):
+        raise UnavailableError("this Python has no sources of its standard library; use another Python")
+    with os_errors_explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, file in files.items():
+        with atomic_write(file) as stream:
+            stream.writelines(lines[name])
+    return files
+
+
+def docstring_pairs(library: Path) -> Iterator[tuple[str, str, str]]:
+    """(data set, query, positive) of the docstrings below `library`, in a fixed order."""
+    from gemb.jobs.demo import docstrings
+
+    for found in docstrings(library):
+        module = found.name.partition(".")[0]
+        digest = blake2b(module.encode(), digest_size=4).digest()
+        name = HELD_OUT if int.from_bytes(digest, "big") % 10 < _HELD_OUT_TENTHS else DOCSTRINGS
+        summary, _, body = found.text.partition("\n\n")
+        words = _words_of(found.name)
+        yield name, words, found.text[:_LONGEST]
+        if len(body.strip()) >= 40:
+            yield name, " ".join(summary.split()), f"{words}: {body.strip()}"[:_LONGEST]
+
+
+def _words_of(name: str) -> str:
+    """`json decoder JSON Decoder raw decode` for json.decoder.JSONDecoder.raw_decode."""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
+    return " ".join(re.sub(r"[._#]+", " ", spaced).split())
+
+
+def write_tiny_gemma3(folder: Path, texts: Iterator[str], seed: int) -> None:
+    """Write a sentence-transformers folder with random weights and a vocabulary made from `texts`.
+
+    2.3 M parameters, of which half are the table; mean pooling, unit length. The same texts and seed give
+    the same folder.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    with os_errors_explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    entries = _write_tokenizer(folder, texts)
+    generator = torch.Generator().manual_seed(seed)
+    heads, head = _CONFIG["num_attention_heads"], _CONFIG["head_dim"]
+    inner = _CONFIG["intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (entries, _WIDTH), "norm.weight": (_WIDTH,)}
+    for layer in range(_CONFIG["num_hidden_layers"]):
+        shapes |= {
+            f"layers.{layer}.{name}.weight": shape
+            for name, shape in {
+                "self_attn.q_proj": (heads * head, _WIDTH),
+                "self_attn.k_proj": (head, _WIDTH),
+                "self_attn.v_proj": (head, _WIDTH),
+                "self_attn.o_proj": (_WIDTH, heads * head),
+                "self_attn.q_norm": (head,),
+                "self_attn.k_norm": (head,),
+                "mlp.gate_proj": (inner, _WIDTH),
+                "mlp.up_proj": (inner, _WIDTH),
+                "mlp.down_proj": (_WIDTH, inner),
+                "input_layernorm": (_WIDTH,),
+                "post_attention_layernorm": (_WIDTH,),
+                "pre_feedforward_layernorm": (_WIDTH,),
+                "post_feedforward_layernorm": (_WIDTH,),
+            }.items()
+        }
+    # Gemma's norms multiply by 1 + weight, so that zeros are the identity; matrices are drawn as in
+    # transformers, with the standard deviation of the config.
+    tensors = {
+        name: torch.zeros(shape)
+        if len(shape) == 1
+        else torch.randn(shape, generator=generator) * _CONFIG["initializer_range"]
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", {**_CONFIG, "vocab_size": entries})
+    kinds = ("Transformer", "Pooling", "Normalize")
+    modules = [
+        {
+            "idx": number,
+            "name": str(number),
+            "path": "" if number == 0 else f"{number}_{kind}",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for number, kind in enumerate(kinds)
+    ]
+    with atomic_write(folder / "modules.json") as file:
+        file.write(orjson.dumps(modules, option=orjson.OPT_INDENT_2))
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 256, "do_lower_case": False})
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"},
+    )
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    write_json(
+        folder / "1_Pooling" / "config.json",
+        {"word_embedding_dimension": _WIDTH, "pooling_mode_mean_tokens": True, "include_prompt": True},
+    )
+    (folder / "2_Normalize").mkdir(exist_ok=True)
+
+
+def _write_tokenizer(folder: Path, texts: Iterator[str]) -> int:
+    """A byte-level BPE tokenizer of the texts, with `<bos>` and `<eos>` around each; gives its entries."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(_SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
+    )
+    with atomic_write(folder / "tokenizer.json") as file:
+        file.write(tokenizer.to_str(pretty=False).encode())
+    names = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), _SPECIAL, strict=True))
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 256, **names},
+    )
+    return int(tokenizer.get_vocab_size())
+
+
+@dataclass(frozen=True)
+class _Material:
+    """The data and the model of this module, as gemb.training.setup asks for them."""
+
+    data_names: Sequence[str] = (DOCSTRINGS, HELD_OUT)
+    model_name: str = TINY_GEMMA3
+
+    def write_data(self, folder: Path) -> Mapping[str, Path]:
+        """See write_docstrings."""
+        return write_docstrings(folder)
+
+    def write_model(self, folder: Path, texts: Iterator[str], seed: int) -> None:
+        """See write_tiny_gemma3."""
+        write_tiny_gemma3(folder, texts, seed)
+
+
+MATERIAL = _Material()

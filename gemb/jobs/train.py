@@ -1,0 +1,87 @@
+"""`gemb train`: pairs in, a fine-tuned encoder out; killed and rerun it goes on where it was.
+
+    report = run(load("quickstart", TrainRecipe, options={"output": Path("runs/first")}))
+
+`gemb.training.setup` looks everything up and checks it, `gemb.training.loop` does the steps, and
+`gemb.training.run_folder` says what lies where. See docs/train.md for what users are promised.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+
+from gemb.errors import Exit, GateError, GembError, Interrupted
+from gemb.files import Lock, check_writable
+from gemb.jobs import quickstart
+from gemb.jobs.interrupts import Interrupts
+from gemb.report import OnProgress, Plan, Report, ignore
+from gemb.training.recipe import TrainRecipe
+from gemb.training.run_folder import RunFolder
+from gemb.training.watch import Watch
+
+__all__ = ["TrainRecipe", "plan", "run"]
+
+_NOTHING = "interrupted before the first step; nothing is lost"
+
+
+def plan(recipe: TrainRecipe) -> Plan:
+    """What `run` would do, for --dry-run: rows, steps, tokens, memory, device and time.
+
+    Writes nothing but a temporary folder that is gone afterwards. Raises GembError as `run` does before its
+    first step.
+    """
+    from gemb.training.planning import make_plan
+
+    return make_plan(recipe, quickstart.MATERIAL)
+
+
+def run(recipe: TrainRecipe, on_progress: OnProgress = ignore, *, overwrite: bool = False) -> Report:
+    """Train what the recipe says, or go on where an earlier run of it was stopped.
+
+    `overwrite` replaces an output that exists, and drops what another recipe left unfinished. Under torchrun
+    every rank calls this, and the first one writes and talks.
+
+    Raises GembError with an exit code as docs/train.md lists them; Interrupted after SIGINT or SIGTERM, when
+    the state is saved (only in the main thread).
+    """
+    from gemb.training.ranks import ranks_of_environment
+    from gemb.training.record import already_done
+    from gemb.training.session import Session
+    from gemb.training.setup import prepare
+
+    if recipe.output is None:
+        raise GembError("no output given; pass -o runs/first")
+    folder = RunFolder(recipe.output)
+    began = time.monotonic()
+    with Interrupts(_NOTHING) as interrupts, ExitStack() as stack:
+        with interrupts.at_once():
+            ranks = stack.enter_context(ranks_of_environment(recipe.device))
+            watch = Watch(on_progress if ranks.is_first else ignore)
+            if ranks.is_first:
+                check_writable(folder.partial)
+                recipe.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+                lock = Lock(folder.lock_file, str(recipe.output), recipe.wait_lock, watch.note)
+                stack.enter_context(lock)
+            if folder.is_finished and not folder.is_begun and not overwrite:
+                return already_done(recipe, folder)
+            if ranks.is_first:
+                folder.make(overwrite=overwrite)
+            ranks.wait()
+            setup = stack.enter_context(
+                prepare(recipe, folder, ranks, quickstart.MATERIAL, watch.note, overwrite=overwrite)
+            )
+            session = Session(setup, watch)
+            session.open()
+        is_done = session.train(interrupts.stop)
+        if not is_done:
+            saved = session.training.progress.step
+            raise Interrupted(
+                f"stopped at step {saved:,}; the state is saved in {folder.partial}; "
+                "the same command goes on there",
+                interrupts.exit_code or Exit.TERMINATED,
+            )
+        report = session.finish(time.monotonic() - began)
+    if recipe.fail_on_regression and report.data.get("verdict") == "REGRESSION":
+        raise GateError(f"{report.title}, but the model became worse: {report.data.get('verdict_line')}")
+    return report

@@ -1,0 +1,103 @@
+"""What a run would do, for --dry-run: counted, measured on one batch, and nothing kept."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from gemb.errors import GembError
+from gemb.files import free_bytes, readable_bytes
+from gemb.report import Plan, Table, counted
+from gemb.report.progress import duration
+from gemb.training.gradients import batch_gradients
+from gemb.training.loop import total_parameters
+from gemb.training.ranks import Ranks
+from gemb.training.recipe import TrainRecipe
+from gemb.training.run_folder import RunFolder
+from gemb.training.session import MemoryPlanner, load_encoder, trained_parameters
+from gemb.training.setup import Material, Setup, prepare
+from gemb.training.terms import Loss
+
+
+def make_plan(recipe: TrainRecipe, material: Material) -> Plan:
+    """A plan from opening the data and computing the gradients of one batch.
+
+    Raises GembError as a run does before its first step.
+    """
+    if recipe.output is None:
+        raise GembError("no output given; pass -o runs/first")
+    with tempfile.TemporaryDirectory(prefix="gemb-plan-") as temporary:
+        folder = RunFolder(Path(temporary) / "plan")
+        folder.make(overwrite=False)
+        with prepare(recipe, folder, Ranks(), material, lambda line: None, dry=True) as setup:
+            return _planned(setup, recipe.output)
+
+
+def _planned(setup: Setup, output: Path) -> Plan:
+    recipe = setup.recipe
+    encoder = load_encoder(setup)
+    trained = trained_parameters(encoder, recipe.freeze)
+    parameters = [parameter for _, parameter in trained]
+    loss = Loss(recipe.losses, setup.sizes, setup.weights)
+    memory = MemoryPlanner(setup, encoder).plan()
+    batch = next(iter(setup.mixture))
+    began = time.monotonic()
+    found = batch_gradients(encoder, parameters, batch, loss.of(batch), memory, device=setup.device.name)
+    seconds = time.monotonic() - began
+    tokens_per_second = len(batch.ids) / max(seconds, 1e-9)
+    steps = setup.length.steps
+    tokens = setup.length.tokens if steps is None else steps * len(batch.ids)
+    total = tokens / tokens_per_second if tokens is not None else None
+    numbers = total_parameters(encoder.parameters())
+    checkpoint_bytes = 4 * (numbers + 2 * total_parameters(parameters))
+    needed = checkpoint_bytes * (recipe.checkpoint.keep + 1) + 4 * numbers
+    twice = ", each text encoded twice" if found.encoded_twice else ""
+    rows = [
+        ("model", f"{setup.model_name}, {numbers:,} parameters, {total_parameters(parameters):,} trained"),
+        ("device", setup.device.line),
+        ("length", f"{counted(steps, 'step')}" if steps is not None else f"{tokens:,} tokens"),
+        ("batch", f"{batch.pairs:,} pairs, about {len(batch.ids):,} tokens; "
+                  f"chunks of {memory.tokens_per_chunk:,}{twice}"),
+        ("loss", ", ".join(f"{name} {value:.4f}" for name, value in found.terms.items())),
+        ("sizes", ", ".join(map(str, setup.sizes))),
+        ("time", f"about {duration(total or 0.0)}, at {tokens_per_second:,.0f} tokens/s"),
+        ("disk", f"about {readable_bytes(needed)} needed, {readable_bytes(free_bytes(output))} free"),
+    ]  # fmt: skip
+    notes = list(setup.notes)
+    if output.exists():
+        notes.append(f"{output} exists; if another recipe made it, the run will need --overwrite")
+    rows += [("note", note) for note in notes]
+    members = [
+        (member.name, f"{member.prepared.size:,}", f"{member.prepared.rejected:,}", f"{member.share:.1%}",
+         member.query.prefix or "none", member.passage.prefix or "none")
+        for member in setup.mixture.members
+    ]  # fmt: skip
+    return Plan(
+        title=f"would train {setup.model_name} into {output}",
+        rows=rows,
+        data={
+            "steps": steps,
+            "tokens": tokens,
+            "seconds": None if total is None else round(total, 3),
+            "tokens_per_second": round(tokens_per_second, 1),
+            "parameters": numbers,
+            "tokens_per_chunk": memory.tokens_per_chunk,
+            "tokens_with_graph": memory.tokens_with_graph,
+            "pairs": batch.pairs,
+            "terms": dict(found.terms),
+            "bytes_needed": needed,
+            "data": {member.name: member.prepared.size for member in setup.mixture.members},
+            "model": setup.model_name,
+            "device": setup.device.line,
+            "notes": notes,
+        },
+        outputs=[output],
+        tables=[
+            Table(
+                ("data set", "rows", "rejected", "share", "query prompt", "passage prompt"),
+                members,
+                right_aligned=("rows", "rejected", "share"),
+            )
+        ],
+    )

@@ -1,0 +1,111 @@
+"""The record and the report of a run of `gemb train`, for gemb.json, the model card and people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from gemb.recipe import resolved
+from gemb.report import Report
+from gemb.report.progress import duration
+from gemb.training.recipe import TrainRecipe, flat
+from gemb.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from gemb.training.loop import Progress
+    from gemb.training.setup import Setup
+    from gemb.training.verdict import Verdict
+
+
+def record_of(
+    setup: Setup,
+    progress: Progress,
+    verdicts: Sequence[Verdict],
+    losses: tuple[float | None, float | None],
+    seconds: float,
+) -> dict[str, Any]:
+    """What gemb.json says of a finished run: the request, and what became of it."""
+    counts = {name: asdict(one) for name, one in setup.mixture.counts.items()}
+    repeats = {name: asdict(state) for name, state in setup.mixture.draws.items()}
+    return {
+        **setup.request,
+        "output": str(setup.folder.output),
+        "device": setup.device.line,
+        "ranks": setup.ranks.count,
+        "dims": setup.model.dims,
+        "matryoshka_dims": list(setup.sizes),
+        "steps": progress.step,
+        "pairs": progress.pairs,
+        "tokens": progress.tokens,
+        "tokens_per_second": round(progress.tokens / max(1e-9, progress.seconds), 1),
+        "step_seconds": round(progress.seconds, 3),
+        "seconds": round(seconds, 3),
+        "bad_steps": progress.bad_steps,
+        "tokens_per_chunk": progress.plan.tokens_per_chunk,
+        "first_loss": losses[0],
+        "last_loss": losses[1],
+        "best_step": progress.best_step,
+        "data_counts": counts,
+        "repeated": {name: one["repeated"] for name, one in repeats.items()},
+        "verdict": _word(verdicts),
+        "verdict_line": str(verdicts[0]) if verdicts else None,
+        "verdicts": [asdict(one) for one in verdicts],
+        "notes": setup.notes,
+    }
+
+
+def make_report(setup: Setup, record: Mapping[str, Any]) -> Report:
+    """What people and programs are told at the end."""
+    rows = [
+        ("model", f"{setup.model_name} -> {setup.folder.output}"),
+        ("data", ", ".join(_shown_data(name, one) for name, one in record["data_counts"].items())),
+        (
+            "steps",
+            f"{record['steps']:,}, {record['tokens']:,} tokens, {record['tokens_per_second']:,.0f} tokens/s",
+        ),
+        ("device", record["device"]),
+    ]
+    if record["first_loss"] is not None:
+        rows.append(("loss", f"{record['first_loss']:.4f} -> {record['last_loss']:.4f} in this run"))
+    if record["bad_steps"]:
+        rows.append(("left out", f"{record['bad_steps']:,} steps whose loss or gradient was not finite"))
+    rows += [("verdict", line) for line in [record["verdict_line"]] if line]
+    rows.append(("pictures", str(setup.folder.output / "run" / "report.html")))
+    rows += [("note", note) for note in record["notes"]]
+    return Report(
+        title=f"trained {setup.model_name} on {record['pairs']:,} pairs in {duration(record['seconds'])}",
+        rows=rows,
+        data=record,
+        outputs=[setup.folder.output],
+    )
+
+
+def already_done(recipe: TrainRecipe, folder: RunFolder) -> Report:
+    """The report of a run that was finished before.
+
+    Raises GembError with the differences if it was another recipe's.
+    """
+    record = folder.finished()
+    now = {**record, "recipe": orjson.loads(orjson.dumps(flat(resolved(recipe))))}
+    folder.refuse_differences(record, now, f"{folder.output} was trained by another recipe")
+    rows = [("verdict", line) for line in [record.get("verdict_line")] if line]
+    return Report(
+        title=f"{folder.output} was trained before; nothing to do",
+        rows=rows,
+        data={**record, "already_done": True},
+        outputs=[folder.output],
+    )
+
+
+def _word(verdicts: Sequence[Verdict]) -> str | None:
+    """The worst word of all data sets at full width, so that a gate misses nothing."""
+    words = [one.word for one in verdicts if one.metric.count("@") == 1]
+    return next((word for word in ("REGRESSION", "TIE", "WIN") if word in words), None)
+
+
+def _shown_data(name: str, counts: Mapping[str, int]) -> str:
+    cut = f", {counts['truncated']:,} texts cut" if counts["truncated"] else ""
+    return f"{name} ({counts['examples']:,} examples{cut})"

@@ -1,0 +1,311 @@
+"""What a run of `gemb train` is about, looked up, made and checked before the model is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+
+from gemb import device as devices
+from gemb.device import Device
+from gemb.engine.encoder import load_tokeniser
+from gemb.errors import GembError, MismatchError
+from gemb.model.folder import ModelFolder, fingerprint, read_folder
+from gemb.model.hub import DEFAULT_MODEL, find_model
+from gemb.recipe import resolved
+from gemb.text.prompts import Prompts
+from gemb.text.tokenisation import Tokeniser
+from gemb.training.data_recipe import DataSet
+from gemb.training.held_out import Evaluations, HeldOutPairs
+from gemb.training.loop import Length
+from gemb.training.mixture import Mixture
+from gemb.training.ranks import Ranks
+from gemb.training.recipe import TrainRecipe, flat
+from gemb.training.run_folder import RunFolder
+
+USUAL_MAX_TOKENS = 512
+"""Texts are cut there unless the recipe says otherwise: most models declare far more than pairs need."""
+
+_PACKAGES = ("gemb", "torch", "numpy", "safetensors", "tokenizers")
+
+
+class Material(Protocol):
+    """What is made on the spot where a recipe names it: data of this machine, a model with random weights."""
+
+    @property
+    def data_names(self) -> Sequence[str]:
+        """What a data set's path may be instead of a file."""
+        ...
+
+    @property
+    def model_name(self) -> str:
+        """What the model may be instead of a folder or a hub name."""
+        ...
+
+    def write_data(self, folder: Path) -> Mapping[str, Path]:
+        """Write the data sets below a folder unless they are there; the file of each by its name."""
+        ...
+
+    def write_model(self, folder: Path, texts: Iterator[str], seed: int) -> None:
+        """Write a model folder with a vocabulary made from the texts."""
+        ...
+
+
+@dataclass
+class Setup:
+    """A recipe with everything looked up that can be known before the model is loaded."""
+
+    recipe: TrainRecipe
+    folder: RunFolder
+    ranks: Ranks
+    device: Device
+    model: ModelFolder
+    model_name: str
+    tokeniser: Tokeniser
+    prompts: Prompts
+    data: tuple[DataSet, ...]
+    """Those of the recipe, with the paths of what was made on the spot."""
+    mixture: Mixture
+    length: Length
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
+    evaluation: Evaluations | None
+    request: Mapping[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the run; None where its length is in tokens."""
+        return self.length.steps
+
+
+@contextmanager
+def prepare(
+    recipe: TrainRecipe,
+    folder: RunFolder,
+    ranks: Ranks,
+    material: Material,
+    notice: Callable[[str], None],
+    *,
+    overwrite: bool = False,
+    dry: bool = False,
+) -> Iterator[Setup]:
+    """Everything that can be checked before the model is loaded, checked; cheap things first.
+
+    The mixture is open for the block, at its beginning or where the last checkpoint says. `dry` compares with
+    no earlier run. Raises GembError for whatever does not fit.
+    """
+    if not recipe.data:
+        raise GembError("no data given; a recipe needs data, such as - {path: pairs.jsonl, prompts: none}")
+    if recipe.checkpoint.result == "best" and not _evaluates(recipe):
+        raise GembError("checkpoint.result is best, but nothing is evaluated; give evaluation.pairs")
+    if recipe.evaluation.sets:
+        raise GembError("evaluation.sets is not known yet; give held-out pairs as evaluation.pairs")
+    device = _device(recipe)
+    data, held_out = _with_material(recipe, folder, ranks, material)
+    model_path, model_name = _model(recipe, data, folder, ranks, material, notice)
+    model = read_folder(model_path)
+    tokeniser = load_tokeniser(model, _max_tokens(recipe, model))
+    prompts = Prompts(model.prompts, model.default_prompt)
+    try:
+        sizes, weights = recipe.sizes(model.dims)
+    except ValueError as error:
+        raise MismatchError(str(error)) from error
+    notes = list(model.notes)
+    with ExitStack() as stack:
+
+        def opened(position: Mapping[str, Any] | None) -> Mixture:
+            return Mixture.open(
+                data,
+                recipe.mixture,
+                tokeniser=tokeniser,
+                prompts=prompts,
+                cache=folder.data,
+                pairs=recipe.batch.pairs,
+                seed=recipe.seed,
+                leave_out_prompts=not model.pooling.include_prompt,
+                needs_negatives=not all(term.name in _WITHOUT_NEGATIVES for term in recipe.losses),
+                keep_texts=any(term.needs_teacher for term in recipe.losses),
+                position=position,
+                notice=notice,
+            )
+
+        mixture = opened(None)
+        request = _request(recipe, model, model_name, mixture)
+        position = None
+        if not dry:
+            if ranks.is_first:
+                folder.begin(request, overwrite=overwrite)
+            ranks.wait()
+            position = _saved_position(folder)
+        if position is not None:
+            mixture.close()
+            mixture = opened(position)
+        stack.enter_context(mixture)
+        yield Setup(
+            recipe=recipe,
+            folder=folder,
+            ranks=ranks,
+            device=device,
+            model=model,
+            model_name=model_name,
+            tokeniser=tokeniser,
+            prompts=prompts,
+            data=data,
+            mixture=mixture,
+            length=_length(recipe, mixture),
+            sizes=sizes,
+            weights=weights,
+            evaluation=_evaluation(recipe, held_out, model, folder, prompts, sizes, ranks),
+            request=request,
+            notes=notes,
+        )
+
+
+_WITHOUT_NEGATIVES = frozenset({"matching", "similarity", "cosine_error"})
+
+
+def _evaluates(recipe: TrainRecipe) -> bool:
+    return bool(recipe.evaluation.pairs or recipe.evaluation.sets)
+
+
+def _device(recipe: TrainRecipe) -> Device:
+    """The device of this rank; its threads are set."""
+    import torch
+
+    wanted = recipe.device
+    local = os.environ.get("LOCAL_RANK", "")
+    if local.isdecimal() and wanted in ("auto", "cuda") and devices.pick("auto", "fp32").kind == "cuda":
+        wanted = f"cuda:{local}"
+    device = devices.pick(wanted, recipe.precision, recipe.threads)
+    if device.kind == "cpu":
+        torch.set_num_threads(device.threads)
+    return device
+
+
+def _max_tokens(recipe: TrainRecipe, model: ModelFolder) -> int:
+    if recipe.max_tokens is None:
+        return min(USUAL_MAX_TOKENS, model.max_tokens)
+    if recipe.max_tokens > model.max_tokens:
+        raise MismatchError(
+            f"max_tokens is {recipe.max_tokens:,}, but the model takes {model.max_tokens:,} at most; lower it"
+        )
+    return recipe.max_tokens
+
+
+def _with_material(
+    recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, material: Material
+) -> tuple[tuple[DataSet, ...], tuple[DataSet, ...]]:
+    """The data sets and the held-out ones, with the files of those that are made on the spot."""
+
+    def made(path: str) -> str | None:
+        # A path of a recipe file was made relative to its folder; a file of that name goes before.
+        name = Path(path).name
+        return name if name in material.data_names and not Path(path).exists() else None
+
+    every = (*recipe.data, *recipe.evaluation.pairs)
+    if not any(made(path) for data in every for path in data.paths):
+        return recipe.data, recipe.evaluation.pairs
+    if ranks.is_first:
+        material.write_data(folder.data)
+    ranks.wait()
+    files = material.write_data(folder.data)
+
+    def placed(data: DataSet) -> DataSet:
+        names = [made(path) for path in data.paths]
+        paths = tuple(
+            str(files[name]) if name else path for name, path in zip(names, data.paths, strict=True)
+        )
+        return data.model_copy(update={"path": paths, "name": data.name or names[0]})
+
+    return tuple(map(placed, recipe.data)), tuple(map(placed, recipe.evaluation.pairs))
+
+
+def _model(
+    recipe: TrainRecipe,
+    data: Sequence[DataSet],
+    folder: RunFolder,
+    ranks: Ranks,
+    material: Material,
+    notice: Callable[[str], None],
+) -> tuple[Path, str]:
+    """The folder of the model to begin with, and what the user calls it."""
+    if recipe.model != material.model_name:
+        path = find_model(recipe.model, offline=recipe.offline, announce=notice)
+        return path, recipe.model or DEFAULT_MODEL
+    if ranks.is_first and not (folder.base / "config.json").is_file():
+        from gemb.training.examples import open_rows
+
+        def texts() -> Iterator[str]:
+            for one in data:
+                with open_rows(one, folder.data) as rows:
+                    for number in range(rows.size):
+                        example = rows.example(number)
+                        yield from (text.joined() for text in (example.query, *example.positives))
+
+        material.write_model(folder.base, texts(), recipe.seed)
+    ranks.wait()
+    return folder.base, material.model_name
+
+
+def _request(recipe: TrainRecipe, model: ModelFolder, model_name: str, mixture: Mixture) -> dict[str, Any]:
+    """What the weights of a run depend on, for job.json and gemb.json."""
+    # Through JSON, so that it compares equal to what job.json gives back.
+    values: dict[str, Any] = orjson.loads(
+        orjson.dumps({
+            "recipe": flat(resolved(recipe)),
+            "model": {"name": model_name, "fingerprint": fingerprint(model)[:12]},
+            "data": {member.name: member.prepared.fingerprint[:12] for member in mixture.members},
+            "versions": {name: metadata.version(name) for name in _PACKAGES},
+        })
+    )  # fmt: skip
+    return values
+
+
+def _saved_position(folder: RunFolder) -> Mapping[str, Any] | None:
+    """The place in the data that the newest checkpoint holds; None where there is none."""
+    from gemb.training.checkpoints import Checkpoints
+
+    checkpoints = Checkpoints(folder.checkpoints)
+    steps = checkpoints.steps()
+    position = checkpoints.state(steps[-1]).get("position") if steps else None
+    return position if isinstance(position, dict) else None
+
+
+def _length(recipe: TrainRecipe, mixture: Mixture) -> Length:
+    if recipe.steps is not None:
+        return Length(steps=recipe.steps)
+    if recipe.tokens is not None:
+        return Length(tokens=recipe.tokens)
+    if recipe.epochs is None and mixture.planned_batches is not None:
+        return Length(steps=mixture.planned_batches)
+    return Length(steps=max(1, round((recipe.epochs or 1.0) * mixture.batches_per_epoch)))
+
+
+def _evaluation(
+    recipe: TrainRecipe,
+    held_out: Sequence[DataSet],
+    model: ModelFolder,
+    folder: RunFolder,
+    prompts: Prompts,
+    sizes: Sequence[int],
+    ranks: Ranks,
+) -> Evaluations | None:
+    """The evaluations of a recipe, on the first rank; None where there are none."""
+    if not held_out or not ranks.is_first:
+        return None
+    # The mixture has its tokeniser for itself.
+    tokeniser = load_tokeniser(model, _max_tokens(recipe, model))
+    limit = recipe.evaluation.limit
+    return Evaluations([
+        HeldOutPairs.open(
+            one, tokeniser=tokeniser, prompts=prompts, cache=folder.data, limit=limit, sizes=sizes
+        )
+        for one in held_out
+    ])  # fmt: skip

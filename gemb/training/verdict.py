@@ -1,0 +1,52 @@
+"""Whether a trained model is better than the one it began as: paired bootstrap over queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A measure before and after, and what can be said of the difference."""
+
+    metric: str
+    before: float
+    after: float
+    low: float
+    """Lower end of the 95 % interval of the difference of the means."""
+    high: float
+    word: Literal["WIN", "TIE", "REGRESSION"]
+    queries: int
+
+    def __str__(self) -> str:
+        """`WIN docstrings ndcg@10 0.412 -> 0.581 (+0.152 to +0.185, 500 queries)`."""
+        return (
+            f"{self.word} {self.metric} {self.before:.3f} -> {self.after:.3f} "
+            f"({self.low:+.3f} to {self.high:+.3f}, {self.queries:,} queries)"
+        )
+
+
+def compare(metric: str, before: NDArray[np.float64], after: NDArray[np.float64]) -> Verdict:
+    """The verdict on the same queries' scores before and after, higher being better.
+
+    WIN or REGRESSION where the 95 % interval of the mean difference leaves out 0, from 2,000 resamples of
+    the queries with a fixed seed (Efron's percentile bootstrap).
+
+    Raises ValueError if the queries are not as many.
+    """
+    if before.shape != after.shape or before.ndim != 1 or not len(before):
+        raise ValueError(f"{metric} has {before.shape} scores before and {after.shape} after")
+    difference = after - before
+    generator = np.random.default_rng(0)
+    means = np.array([
+        difference[generator.integers(0, len(difference), len(difference))].mean() for _ in range(RESAMPLES)
+    ])  # fmt: skip
+    low, high = (float(end) for end in np.quantile(means, [0.025, 0.975]))
+    word: Literal["WIN", "TIE", "REGRESSION"] = "WIN" if low > 0 else "REGRESSION" if high < 0 else "TIE"
+    return Verdict(metric, float(before.mean()), float(after.mean()), low, high, word, len(before))
