@@ -29,7 +29,7 @@ from gemb.retrieval.several import Found, Wanted, parse_where, search_all
 from gemb.store.catalogue import DATABASE
 from gemb.text.inputs import STDIN
 from gemb.text.records import ReadOptions, Record, Reject, read_records, resolve_inputs
-from gemb.vectors import open_vectors
+from gemb.vectors import bad_rows, open_vectors
 
 BATCH_QUERIES = 256
 """Queries that are embedded and searched for together."""
@@ -280,6 +280,11 @@ def _queries(recipe: SearchRecipe) -> Iterator[Queries]:
     elif recipe.vectors is not None:
         with open_vectors(recipe.vectors) as vectors:
             for ids, block in vectors.blocks(BATCH_QUERIES):
+                for row in bad_rows(block)[:1]:
+                    raise GembError(
+                        f"{recipe.vectors}: the vector {ids[row]!r} is zeros only, or has NaN or infinity "
+                        "in it; leave it out"
+                    )
                 yield Queries([""] * len(ids), ids, block)
     else:
         text = recipe.query
