@@ -98,6 +98,10 @@ class DataSet(Recipe):
     """Which column has which role, where their names do not tell."""
     format: Literal["auto", "jsonl", "csv", "tsv", "parquet"] = "auto"
     """How the rows are laid out; auto tells it by the suffix."""
+    header: tuple[str, ...] | None = None
+    """The names of the columns of CSV and TSV files that have no header line."""
+    quoting: bool = True
+    """Whether texts in CSV and TSV may stand in double quotes; if not, a quote is a character like others."""
     split: str = "train"
     """Which qrels/SPLIT.tsv of a BEIR folder is read."""
     corpus: RecipeInput | None = None

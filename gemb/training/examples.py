@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from itertools import accumulate, islice
 from pathlib import Path
@@ -38,6 +39,7 @@ from gemb.training.permutation import key_of
 from gemb.training.rows import Row, read_rows
 
 _VERSION = 1
+_DECIDE_ROWS = ("shape", "columns", "header", "quoting", "split", "limit")  # with the contents of the files
 _ENTRY = Struct("<qqII")
 _BLOCK_ROWS = 65_536
 _REMEMBERED_LAYOUTS = 1024  # rows can have ids as keys; remembering all sets of keys would eat the memory
@@ -183,7 +185,7 @@ def open_rows(
     request = {
         "version": _VERSION,
         "paths": data.paths,
-        **data.model_dump(mode="json", include={"shape", "columns", "format", "split", "corpus", "limit"}),
+        **data.model_dump(mode="json", include={*_DECIDE_ROWS, "format", "corpus"}),
     }
     slug = re.sub(r"[^\w.-]+", "-", name)[:60]
     folder = cache / f"{slug}-{key_of(orjson.dumps(request).decode()):016x}"
@@ -301,7 +303,7 @@ class _Preparation:
         digest = blake2b(digest_size=16)
         for file in self._sources.all():
             digest.update(file.fingerprint().encode())
-        wanted = self._data.model_dump_json(include={"shape", "columns", "split", "limit"})
+        wanted = self._data.model_dump_json(include={*_DECIDE_ROWS})
         digest.update(wanted.encode())
         return Prepared(
             version=_VERSION,
@@ -338,7 +340,13 @@ class _Preparation:
             lookup = lambda identifier: documents.find("corpus", identifier)  # noqa: E731
         for number, file in enumerate(self._sources.files):
             in_place = self._in_place(file)
-            for row in read_rows(file, lambda names, file=file: self._wanted(file, names)):  # type: ignore[misc]
+            rows = read_rows(
+                file,
+                partial(self._wanted, file),
+                header=self._data.header,
+                quoting=self._data.quoting,
+            )
+            for row in rows:
                 example = row.values if isinstance(row.values, str) else self._example(file, row, lookup)
                 if isinstance(example, str):
                     self._reject(file.name, row.line, example)

@@ -37,10 +37,13 @@ Wanted = Callable[[Sequence[str]], Sequence[str]]
 """Of the columns that a file has those to read."""
 
 
-def read_rows(file: InputFile, wanted: Wanted) -> Iterator[Row]:
+def read_rows(
+    file: InputFile, wanted: Wanted, *, header: Sequence[str] | None = None, quoting: bool = True
+) -> Iterator[Row]:
     """Every row of a file; streams in constant memory. Empty cells of CSV and TSV are None.
 
-    `wanted` is asked once for CSV, TSV and Parquet, and spares the columns that are not.
+    `wanted` is asked once for CSV, TSV and Parquet, and spares the columns that are not. `header` are the
+    columns of CSV and TSV without a header line; without `quoting` a double quote there is a character.
 
     Raises GembError for what is wrong with the whole file.
     """
@@ -51,7 +54,7 @@ def read_rows(file: InputFile, wanted: Wanted) -> Iterator[Row]:
         if file.format == "jsonl":
             yield from _jsonl(file, stream)
         else:
-            yield from _csv(file, stream, wanted, "\t" if file.format == "tsv" else ",")
+            yield from _csv(file, stream, wanted, header, quoting)
 
 
 def _jsonl(file: InputFile, stream: io.BufferedReader) -> Iterator[Row]:
@@ -70,13 +73,20 @@ def _jsonl(file: InputFile, stream: io.BufferedReader) -> Iterator[Row]:
         offset += len(raw)
 
 
-def _csv(file: InputFile, stream: io.BufferedReader, wanted: Wanted, delimiter: str) -> Iterator[Row]:
+def _csv(
+    file: InputFile, stream: io.BufferedReader, wanted: Wanted, header: Sequence[str] | None, quoting: bool
+) -> Iterator[Row]:
     """RFC 4180: fields in double quotes may hold delimiters, doubled quotes and line breaks."""
     csv.field_size_limit(_LONGEST_CSV_FIELD)  # of the whole process; the default is 128 Ki characters
     undecodable: list[UnicodeDecodeError] = []
-    reader = csv.reader(_decoded(lines_of(file, stream), undecodable), delimiter=delimiter, strict=True)
+    reader = csv.reader(
+        _decoded(lines_of(file, stream), undecodable),
+        delimiter="\t" if file.format == "tsv" else ",",
+        quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
+        strict=True,
+    )
     try:
-        columns = next(reader, [])
+        columns = next(reader, []) if header is None else list(header)
     except csv.Error as error:
         raise GembError(f"{file.name}:1: broken header: {error}") from error
     if not columns or undecodable:

@@ -139,6 +139,19 @@ def test_rows_that_teach_nothing_are_counted_and_written_down_with_their_lines()
     assert rejects[3]["reason"] == "not an object with named values"
 
 
+def test_a_file_without_a_header_line_gets_its_names_from_the_recipe_and_may_hold_bare_quotes() -> None:
+    path = write("pairs.tsv", '"Hm" he said\t"Tja\nyes\tja\n')
+    assert read(path, header=("query", "positive"), quoting=False) == [
+        Example(Text('"Hm" he said'), (Text('"Tja'),)),
+        Example(Text("yes"), (Text("ja"),)),
+    ]
+    swapped = read(path, header=("positive", "query"), quoting=False)
+    assert swapped[1] == Example(Text("ja"), (Text("yes"),))
+    assert failure(path, header=("query", "positive", "negative"), quoting=False).startswith(
+        "pairs: no usable row; 2 rejected, the first: pairs.tsv:1: 2 columns where the header has 3"
+    )
+
+
 def test_broken_rows_of_csv_are_rejected_and_the_others_read() -> None:
     rows = b'anchor,positive\na,p\nb\n\nc,\xff\nd,"q\nr"\ne,"s"x\nf,\n'
     with rows_of(write("pairs.csv", rows)) as found:
