@@ -449,36 +449,36 @@ class Adding:
                 for text in range(len(window.keys))
                 if text not in window.known and text not in window.failures
             )
-        refusals = list(window.refusals)
+        refused = {refusal.index: refusal for refusal in reversed(window.refusals)}  # rows: maybe passages
+        refusals: list[Refusal] = []
         documents: list[Document] = []
         spans: list[list[Span] | None] = []
         rows: list[int] = []
         with self._turn:
             for first, stop in _runs([place.index for place in window.places]):
                 place = window.places[first]
+                if place.index in refused:
+                    continue
                 document = self._landed(place.index)
                 texts = window.text_of_row[first:stop].tolist()
                 reason = next((reasons[text] for text in texts if text in reasons), None)
-                if reason is not None or document is None:
-                    refusals.append(
-                        Refusal(place.source, place.line, place.index, place.id, reason or "refused in part")
-                    )
+                if reason is not None:
+                    refusals.append(Refusal(place.source, place.line, place.index, place.id, reason))
                     continue
                 documents.append(document)
                 own = [span for span in window.spans[first:stop] if span is not None]
                 spans.append(own or None)
                 rows += range(first, stop)
-            for refusal in window.refusals:
-                self._landed(refusal.index)
+            refusals += [replace(refusal, id=self._landed(refusal.index).id) for refusal in refused.values()]
             self._count(window, rows, len(documents))
             self._refuse(refusals)
             self._put(documents, vectors[window.text_of_row[rows]], spans)
             self._watch.written(self._outcome.counts)
 
-    def _landed(self, index: int) -> Document | None:
-        """The document of a record that has its vectors, or never will."""
-        document = self._flying.pop(index, None)
-        if document is not None and not self._holds:
+    def _landed(self, index: int) -> Document:
+        """The document of a record that has its vectors, or never will; its id may not come again before."""
+        document = self._flying.pop(index)
+        if not self._holds:
             self._flying_ids.discard(document.id)
         return document
 

@@ -477,6 +477,35 @@ def test_a_document_whose_vector_fails_is_refused_whole(bench: Bench) -> None:
     assert "no such luck" in (bench.place / "docs.gemb.rejects.jsonl").read_text("utf-8")
 
 
+def test_a_text_without_tokens_is_refused_by_the_id_of_its_document(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = bench.models / "bare"
+    shutil.copytree(bench.model, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    tokenizer["post_processor"] = None  # without special tokens a text may have none at all
+    tokenizer["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": "[ .]"},
+        "behavior": "Removed",
+        "invert": False,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    bench.model = folder
+    rows = [
+        {"id": "a", "text": "w1"},
+        {"id": "b", "text": "..."},
+        {"id": "c", "text": words(*range(20)) + ". ..."},
+    ]
+    report = bench.run(bench.write(rows), on_error="skip")
+    assert counts_of(report) == (2, 0, 0, 0, 1)
+    (line,) = (bench.place / "docs.gemb.rejects.jsonl").read_text("utf-8").splitlines()
+    assert (json.loads(line)["id"], json.loads(line)["reason"]) == (
+        "b",
+        "the tokenizer finds no token in the text",
+    )
+
+
 def test_limit_rows_counts_what_is_added_and_the_next_run_goes_on(bench: Bench) -> None:
     source = bench.write(rows_of(25))
     seen = []
