@@ -249,6 +249,27 @@ class Catalogue:
             raise
         return catalogue
 
+    @classmethod
+    def open_damaged(cls, folder: Path) -> Catalogue:
+        """What is left of a catalogue, read-only; one that is cut off is read up to there.
+
+        Raises DamagedError where SQLite finds nothing in it.
+        """
+        try:
+            return cls.open_for_reading(folder, is_complete=False)
+        except DamagedError:
+            reading = _Reading.open_filled_up(folder / DATABASE)
+            if reading is None:
+                raise
+        catalogue = cls(folder, reading.connection)
+        catalogue._reading = reading
+        try:
+            catalogue.check_format()
+        except BaseException:
+            catalogue.close()
+            raise
+        return catalogue
+
     def _check_opened(self, *, is_complete: bool) -> None:
         """Returns if this gemb reads the file and, where asked, no commit is missing."""
         promised = self._promised() if is_complete else 0  # asked first: a writer may be at work
@@ -557,6 +578,18 @@ class Catalogue:
             raise self.damaged(f"the block checksums of {record.name}/{lost[0]} are missing or damaged")
         return found
 
+    def readable_checksums(self) -> dict[str, Checksums]:
+        """The block checksums that can still be read, by segment, whatever else is damaged."""
+        found: dict[str, dict[str, NDArray[np.uint32]]] = {}
+        for order in ("ASC", "DESC"):  # up to a damaged page from either side
+            with contextlib.suppress(DamagedError):
+                for segment, file, blocks, wanted in self._rows(
+                    f"SELECT segment, file, blocks, checksum FROM checksums ORDER BY rowid {order}"
+                ):
+                    if matches(wanted, segment, file, blocks):
+                        found.setdefault(segment, {})[file] = np.frombuffer(blocks, "<u4")
+        return dict(found)
+
     def put_segment(self, record: SegmentRecord, checksums: Checksums) -> None:
         """Adds a segment."""
         self.put_dead(record, b"")
@@ -810,6 +843,8 @@ class _CannotOpen(GembError):
     """SQLite cannot open the file in place: no permission to make the files it needs beside it."""
 
 
+_LARGEST_DATABASE = 1 << 42
+"""A header that tells of more bytes is damaged itself."""
 Stamp = tuple[int, ...]
 """Device and inode of a file, and whatever else tells that it is as it was."""
 
@@ -895,6 +930,31 @@ class _Reading:
                 raise GembError(f"cannot read {path}: {reason}; check its mode and its folder's") from reason
             raise
         return cls(connection, stamp, True, copy)
+
+    @classmethod
+    def open_filled_up(cls, path: Path) -> _Reading | None:
+        """A copy of a database that was cut off, with zeros up to its length; None for one that was not.
+
+        SQLite reads nothing of a file that is shorter than its header says; of this one it reads all pages
+        that are there.
+        """
+        with os_errors_explained(path, "read"), path.open("rb") as file:
+            head, size = file.read(100), os.fstat(file.fileno()).st_size
+        # Page size (1 is 65,536) and number of pages, big-endian: section 1.3 of SQLite's file format.
+        page_bytes, pages = int.from_bytes(head[16:18], "big"), int.from_bytes(head[28:32], "big")
+        whole = (65_536 if page_bytes == 1 else page_bytes) * pages
+        if not head.startswith(b"SQLite format 3\0") or not size < whole < _LARGEST_DATABASE:
+            return None
+        copy = Path(tempfile.mkdtemp(prefix="gemb-"))
+        try:
+            with os_errors_explained(path, "read"):
+                for source in (path, *(journal for journal in _journals(path) if journal.exists())):
+                    shutil.copyfile(source, copy / source.name)
+                os.truncate(copy / DATABASE, whole)
+            return cls(_connect(copy / DATABASE, "rw"), _full_stamp(path), True, copy)
+        except BaseException:
+            shutil.rmtree(copy, ignore_errors=True)
+            raise
 
     def is_current(self, path: Path) -> bool:
         """Whether this still shows the file at `path`; True where nothing is there any more."""

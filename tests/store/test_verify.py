@@ -171,10 +171,51 @@ def test_a_whole_segment_that_is_gone_costs_only_its_documents(index: Path) -> N
     assert verify(index).faults == []
 
 
+@pytest.mark.parametrize(
+    "statement", ["DELETE FROM segments", "UPDATE segments SET dead = x'00', record = ''"]
+)
+def test_entries_of_segments_are_not_needed_to_save_what_is_in_them(index: Path, statement: str) -> None:
+    before = contents(index)
+    run_sql(index, statement)
+    assert rebuild(index).lost == 0
+    assert contents(index) == before
+    assert verify(index).faults == []
+
+
+@pytest.mark.parametrize("name", ["rows.u64", "vectors.f16"])
+def test_of_a_file_that_is_cut_off_the_blocks_before_are_saved(tmp_path: Path, name: str) -> None:
+    path = make(tmp_path / "x.gemb", vectors(40_000, dims=8), Settings(8, words=False))
+    before = contents(path)
+    cut = next(path.rglob(name))
+    os.truncate(cut, (1 << 18) + 1000)
+    kept = (1 << 18) // (8 if name == "rows.u64" else 16)
+    rebuilt = rebuild(path)
+    assert (rebuilt.documents, rebuilt.lost) == (kept, 40_000 - kept)
+    assert contents(path) == {f"d{n}": before[f"d{n}"] for n in range(kept)}
+
+
+def test_of_a_database_that_is_cut_off_the_pages_before_are_saved(tmp_path: Path) -> None:
+    path = make(tmp_path / "x.gemb", vectors(3000), commits=range(100, 3000, 100))
+    before = contents(path)
+    os.truncate(path / "index.db", (path / "index.db").stat().st_size * 2 // 3)
+    with pytest.raises(DamagedError):
+        Index.open(path)
+    rebuilt = rebuild(path)
+    after = contents(path)
+    assert 500 < rebuilt.documents == len(after) < 3000
+    assert rebuilt.lost == 3000 - rebuilt.documents
+    assert after.items() <= before.items()
+    assert verify(path).faults == []
+
+
 def test_a_catalogue_that_cannot_be_read_cannot_be_rebuilt(index: Path) -> None:
     (index / "index.db").write_bytes(b"x" * 5000)
-    with pytest.raises(DamagedError):
+    with pytest.raises(DamagedError) as error:
         rebuild(index)
+    assert str(error.value) == (
+        f"nothing can be saved: {index}/index.db is no SQLite database, or its first page is damaged; "
+        f"make it anew with gemb index INPUT -o {index} --overwrite"
+    )
     assert (index / "segments").exists()
     assert not index.with_name("docs.gemb.rebuilding").exists()
 
