@@ -541,6 +541,7 @@ class _Looking:
                 return
             except MissingFileError as error:
                 if not index.folder.exists():
+                    index._catalogue.roll_back()
                     raise UnavailableError(
                         f"there is no index {index.folder} any more; was it moved? open it where it is now"
                     ) from error
