@@ -91,4 +91,5 @@ def search(
         return
     with progress(quiet=quiet, json=json) as on_progress:
         report = job.run(wanted, on_progress, json=json)
-    show(report, json=json, quiet=quiet or not job.is_batch(wanted))
+    # An answer to one query speaks for itself, unless the query was cut.
+    show(report, json=json, quiet=quiet or not (job.is_batch(wanted) or report.data["cut"]))

@@ -26,7 +26,8 @@ class Answer:
     """What was found for one query, best first.
 
     `query_id` is None for a query that has no id, `query` empty for one that is a ready vector. `indexes`
-    are the names of those that were searched, by `Found.place`.
+    are the names of those that were searched, by `Found.place`. At least `lost_tokens` of the query were
+    more than the model takes.
     """
 
     query_id: str | None
@@ -34,6 +35,7 @@ class Answer:
     found: Sequence[Found]
     indexes: Sequence[str]
     ranking: Ranking
+    lost_tokens: int = 0
 
     def hits(self) -> list[dict[str, object]]:
         """Each hit as JSON: `text` is the best passage, and `span` where it stands in the document's text.
@@ -102,13 +104,19 @@ def as_report(answer: Answer) -> Report:
     """An answer for people."""
     parts = [part for part in (answer.query_id, _printable(answer.query)) if part]
     title = ": ".join(parts) or "query"
+    notes = []
+    if answer.lost_tokens:
+        notes.append(
+            ("cut", f"the model takes no more; at least {answer.lost_tokens:,} tokens were not searched for")
+        )
     if not answer.found:
-        return Report(title=f"{title}\n  no document found")
+        return Report(title=f"{title}\n  no document found", rows=notes)
     columns = _columns(answer)
     shown = [column for column in columns if column.is_fixed or any(column.cells)]
     rows = list(zip(*(column.cells for column in shown), strict=True))
     numbers = [column.name for column in shown if column.is_number]
-    return Report(title=title, tables=[Table([column.name for column in shown], rows, right_aligned=numbers)])
+    table = Table([column.name for column in shown], rows, right_aligned=numbers)
+    return Report(title=title, rows=notes, tables=[table])
 
 
 @dataclass(frozen=True, slots=True)

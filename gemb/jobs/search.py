@@ -131,17 +131,18 @@ class Search:
         """One answer a query."""
         recipe = self.recipe
         wanted = self._wanted(recipe)
-        vectors = queries.vectors
+        vectors, lost = queries.vectors, [0] * len(queries.texts)
         if vectors is None and wanted.ranking != "lexical":
             from gemb.engine.opening import stdout_guarded  # here, because a search by words needs none of it
 
             with stdout_guarded():
                 vectors = self._encoder.embed(queries.texts, as_=recipe.as_)
+                lost = self._encoder.lost_tokens(queries.texts, as_=recipe.as_)
         found = search_all(self.indexes, wanted, texts=queries.texts, vectors=vectors)
         ids: Sequence[str | None] = queries.ids or [None] * len(found)
         return [
-            Answer(id_, text, hits, self.names, wanted.ranking)
-            for id_, text, hits in zip(ids, queries.texts, found, strict=True)
+            Answer(id_, text, hits, self.names, wanted.ranking, cut)
+            for id_, text, hits, cut in zip(ids, queries.texts, found, lost, strict=True)
         ]
 
     def answer_like(self, id_: str) -> Answer:
@@ -226,7 +227,7 @@ def run(
         raise GembError("--json is one object for one query; leave it out, a pipe gets one object a hit")
     form = recipe.format if recipe.format != "auto" else "table" if output.isatty() else "jsonl"
     started = time.perf_counter()
-    count = hits = 0
+    count = hits = cut = lost_tokens = 0
     empty: list[str] = []
     data: dict[str, Any] = {}
     with Search(recipe, on_progress) as search:
@@ -234,6 +235,8 @@ def run(
             for answer in answers:
                 count += 1
                 hits += len(answer.found)
+                cut += answer.lost_tokens > 0
+                lost_tokens += answer.lost_tokens
                 if not answer.found:
                     empty.append(answer.query_id or answer.query)
                 if json:
@@ -244,15 +247,24 @@ def run(
             if is_batch(recipe):
                 on_progress(Event("searching", count, unit="queries"))
     seconds = time.perf_counter() - started
+    rows = [("hits", f"{hits:,}")]
+    if empty:
+        rows.append(("without a hit", _named(empty)))
+    if cut:
+        rows.append(
+            ("cut", f"{_queries_of(cut)} lost at least {lost_tokens:,} tokens, which the model does not take")
+        )
     return Report(
-        title=f"answered {count:,} {'query' if count == 1 else 'queries'} in {seconds:.1f} s",
-        rows=[("hits", f"{hits:,}"), *([("without a hit", _named(empty))] if empty else [])],
+        title=f"answered {_queries_of(count)} in {seconds:.1f} s",
+        rows=rows,
         data={
             "indexes": search.names,
             **data,
             "queries": count,
             "found": hits,
             "without_hits": len(empty),
+            "cut": cut,
+            "lost_tokens": lost_tokens,
             "seconds": round(seconds, 6),
         },
         exit_code=Exit.GATE if empty and recipe.fail_empty else Exit.DONE,
@@ -326,6 +338,9 @@ def _check(recipe: SearchRecipe) -> None:
         "--vectors": recipe.vectors is not None,
         "--like": recipe.like is not None,
     }
+    twice = next((path for place, path in enumerate(recipe.indexes) if path in recipe.indexes[:place]), None)
+    if twice is not None:
+        raise GembError(f"{twice} is named twice; each index is searched once")
     given = [name for name, is_given in sources.items() if is_given]
     if len(given) > 1:
         raise GembError(f"{given[0]} and {given[1]} are two things to search for; choose one")
@@ -341,6 +356,10 @@ def _check(recipe: SearchRecipe) -> None:
 def _check_one(recipe: SearchRecipe) -> None:
     if len(recipe.indexes) > 1:
         raise GembError("like looks for the neighbours of a document in its own index; name one index")
+
+
+def _queries_of(count: int) -> str:
+    return f"{count:,} {'query' if count == 1 else 'queries'}"
 
 
 def _named(queries: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gemb.errors import GembError, MismatchError
 from gemb.retrieval.index_model import find_encoder, shown_model
 from gemb.store import Index as StoredIndex
-from gemb.text.prompts import QUERY
+from gemb.text.prompts import QUERY, Prompts
 
 if TYPE_CHECKING:
     from gemb.engine.encoder import Encoder
@@ -63,6 +63,25 @@ class QueryEncoder:
         with self._turn:
             encoder = self._loaded()
             return encoder.embed(texts, as_=as_ or query_prompt(self._record), dims=self._dims)
+
+    def lost_tokens(self, texts: Sequence[str], *, as_: str | None = None) -> list[int]:
+        """How many tokens of each text, at least, `embed` cuts away because the model takes no more.
+
+        Costs nothing for texts of fewer characters than the model takes tokens.
+        """
+        with self._turn:
+            folder = self._loaded().folder
+        lost = [0] * len(texts)
+        long = [place for place, text in enumerate(texts) if len(text) >= folder.max_tokens]
+        if long:
+            from gemb.engine.encoder import load_tokeniser
+
+            prompts = Prompts(folder.prompts, folder.default_prompt)
+            template = prompts.template(as_ or query_prompt(self._record))
+            rendered = [template.render(texts[place], None) for place in long]
+            for place, count in zip(long, load_tokeniser(folder).encode(rendered).lost, strict=True):
+                lost[place] = int(count)
+        return lost
 
     def load(self) -> None:
         """Loads the model now, instead of when the first text comes."""

@@ -140,6 +140,6 @@ def test_nothing_in_a_text_can_steer_the_terminal() -> None:
 
 def test_no_hit_is_said() -> None:
     report = as_report(answer(query_id="q1"))
-    assert report == Report(title="q1: when did the comet return?\n  no document found")
+    assert report == Report(title="q1: when did the comet return?\n  no document found", rows=[])
     assert lines(answer()) == []
     assert trec(answer()) == []

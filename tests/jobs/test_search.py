@@ -181,7 +181,7 @@ def test_the_data_of_one_query_hold_its_hits(films: Path) -> None:
     hits = ask(films, query=QUERY, k=2)[1]
     assert {**report.data, "seconds": 0} == {
         "indexes": [str(films)], "query": QUERY, "hits": hits,
-        "queries": 1, "found": 2, "without_hits": 0, "seconds": 0,
+        "queries": 1, "found": 2, "without_hits": 0, "cut": 0, "lost_tokens": 0, "seconds": 0,
     }  # fmt: skip
 
 
@@ -227,6 +227,21 @@ def test_a_long_file_of_queries_shows_how_far_it_is(films: Path, tmp_path: Path)
     assert len(seen) == 1  # no bar for a single query
 
 
+def test_a_query_longer_than_the_model_takes_is_told(films: Path, tmp_path: Path) -> None:
+    report, hits = ask(films, query="whale " * 300, k=1)  # MiniLM takes 256 tokens, two of which are its own
+    assert dict(report.rows) == {
+        "hits": "1",
+        "cut": "1 query lost at least 46 tokens, which the model does not take",
+    }
+    assert hits == ask(films, query="whale " * 254, k=1)[1]
+    queries = write_queries(tmp_path, ["whale", "rat " * 260, "a " * 254])["queries.jsonl"]
+    report, _ = ask(films, queries=str(queries), k=1)
+    assert (report.data["cut"], report.data["lost_tokens"]) == (1, 6)
+    output = io.StringIO()
+    search.run(recipe(films, query="whale " * 300, k=1, format="table"), output=output)
+    assert "cut  at least 46 tokens, which the model does not take\n" in output.getvalue()
+
+
 # --- refusals, word for word
 
 
@@ -254,8 +269,9 @@ def test_what_does_not_go_together_is_told(films: Path, settings: dict[str, Any]
 
 
 def test_no_index_and_two_indexes_where_one_is_needed_are_told(films: Path) -> None:
+    assert refused(films, films, query="x") == f"{films} is named twice; each index is searched once"
     assert refused(query="x") == "no index given; gemb search docs.gemb 'what to search for'"
-    assert refused(films, films, like="whale") == (
+    assert refused(films, films.parent, like="whale") == (
         "like looks for the neighbours of a document in its own index; name one index"
     )
 
