@@ -1,5 +1,6 @@
 """What was committed is there, or its absence is told; what is moved, replaced or read-only is told apart."""
 
+import errno
 import itertools
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,6 +246,57 @@ def test_a_changed_mark_of_the_journal_mode_is_a_fault(index: Path) -> None:
     assert any("journal modes 0901" in fault.what for fault in verify(index).faults)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("place", ["_copy_live", "_check_place", "put_segment", "_note_commit", "_sweep"])
+def test_a_kill_in_the_middle_of_a_merge_costs_nothing(
+    tmp_path: Path, rows: NDArray[np.float32], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path / "x.gemb", rows[:30], commits=[10, 20])
+    owner = Writer if hasattr(Writer, place) else Catalogue
+
+    def merge_and_die() -> None:
+        merge, sound = Writer._merge, getattr(owner, place)
+
+        def dying_merge(writer: Writer, *arguments: Any) -> None:  # noqa: ANN401
+            setattr(owner, place, lambda *_, **__: os._exit(77))
+            merge(writer, *arguments)
+            setattr(owner, place, sound)
+
+        setattr(Writer, "_merge", dying_merge)  # noqa: B010
+        with Writer.open(path) as writer:
+            writer.put(documents(30, 40), rows[30:40])
+
+    assert in_child(merge_and_die) == 77
+    assert contents(path).keys() == {f"d{n}" for n in range(40)}
+    assert verify(path).faults == []
+    with Writer.open(path) as writer:
+        assert len(list((path / "segments").iterdir())) == len(writer.segments())
+        writer.put(documents(40, 50), rows[40:50])
+    assert len(contents(path)) == 50
+    assert verify(path).notes == []
+
+
+def test_a_full_disk_is_told_where_sqlite_cannot_open_its_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path / "x.gemb", vectors(3))
+
+    def fail(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    (path / "index.db-wal").mkdir()  # as good as no room for it
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", fail)
+        with pytest.raises(MachineError, match=f"^cannot write {path}/index.db: no space left"):
+            Writer.open(path)
+    with pytest.raises(MachineError) as error:
+        Writer.open(path)
+    assert str(error.value) == (
+        f"cannot open {path}/index.db: unable to open database file; "
+        "check the disk, then run the same command again"
+    )
+
+
 # ---------------------------------------------------------------- replaced, moved, copied
 
 
@@ -312,6 +365,8 @@ def test_a_reader_of_a_moved_folder_that_misses_a_segment_says_where_to_look(
         assert str(error.value) == (
             f"there is no index {path} any more; was it moved? open it where it is now"
         )
+        moved.rename(path)
+        assert index.search(rows[8])[0][0].id == "d8"
 
 
 def test_a_copy_of_an_index_is_an_index(index: Path, tmp_path: Path) -> None:

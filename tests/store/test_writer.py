@@ -343,6 +343,13 @@ def test_other_settings_are_refused(tmp_path: Path, other: Settings, message: st
         pass  # the refused one holds no lock
 
 
+def test_the_same_model_at_another_precision_or_place_goes_on(tmp_path: Path) -> None:
+    made = Settings(dims=DIMS, encoder={"fingerprint": "x", "precision": "fp32", "model": "/a"})
+    path = make(tmp_path / "x.gemb", vectors(3), made)
+    with Writer.open(path, Settings(dims=DIMS, encoder={"fingerprint": "x", "precision": "bf16"})) as writer:
+        assert writer.settings.encoder == made.encoder, "what was recorded first stays"
+
+
 @pytest.mark.parametrize(
     ("value", "what"), [(0.0, "zeros only"), (np.nan, "NaN or infinity"), (np.inf, "NaN or infinity")]
 )
