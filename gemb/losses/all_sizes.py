@@ -10,6 +10,7 @@ R rows, C candidates, D width, K sizes in ascending order. `slopes` are the deri
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -55,17 +56,17 @@ def panel_memory(anchors: Rows, candidates: Rows) -> Tensor:
 
 
 def dot_products(anchors: Rows, span: slice, candidates: Rows, memory: Tensor) -> Tensor:
-    """Of the prefixes of the anchors in `span` with those of all candidates: [K, span, C], in `memory`."""
+    """Of each block of coordinates of the anchors in `span` and all candidates: [K, span, C], in `memory`."""
     products = memory[:, : span.stop - span.start]
-    first, *others = zip(anchors.parts, candidates.parts, strict=True)
-    torch.mm(first[0][span], first[1].T, out=products[0])
-    for k, (x, y) in enumerate(others):
-        torch.addmm(products[k], x[span], y.T, out=products[k + 1])
+    for product, x, y in zip(products, anchors.parts, candidates.parts, strict=True):
+        torch.mm(x[span], y.T, out=product)
     return products
 
 
 def to_cosines(products: Tensor, anchors: Rows, span: slice, candidates: Rows, scale: float) -> Tensor:
-    """`scale` times the cosines[K, span, C] in the place of the dot products of some anchors."""
+    """`scale` times the cosines[K, span, C] in the place of what `dot_products` gave for some anchors."""
+    for smaller, larger in pairwise(products):
+        larger.add_(smaller)
     return products.mul_((anchors.inverse[:, span] * scale)[:, :, None]).mul_(candidates.inverse[:, None])
 
 

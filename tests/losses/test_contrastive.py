@@ -311,6 +311,8 @@ def test_a_batch_of_one_text_leaves_the_positives_alone_in_the_denominator() -> 
     for gradient in gradients(contrastive, case):
         assert gradient.abs().max() == 0
     assert contrastive(**case, also=GECKO).item() == 0
+    for gradient in gradients(contrastive, case, also=GECKO, temperature=0.01):
+        assert gradient.abs().max() == 0
 
 
 def test_a_single_pair_has_no_loss_and_no_gradient() -> None:
