@@ -1,6 +1,7 @@
 """The hits of a search, written: a table for people, JSON lines for programs, a TREC run for evaluation."""
 
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
@@ -14,7 +15,8 @@ from gemb.retrieval.excerpts import excerpt
 from gemb.retrieval.several import Found, Ranking
 
 PASSAGE_CHARACTERS = 160
-"""How much of the best passage a table shows."""
+"""How much of the best passage a table shows, and of the query below."""
+QUERY_CHARACTERS = 200
 METADATA_COLUMNS = 4
 _METADATA_CHARACTERS = 24
 _TREC_TAG = "gemb"
@@ -102,13 +104,11 @@ WRITERS: Mapping[str, Callable[[Answer, TextIO], None]] = {
 
 def as_report(answer: Answer) -> Report:
     """An answer for people."""
-    parts = [part for part in (answer.query_id, _printable(answer.query)) if part]
-    title = ": ".join(parts) or "query"
+    query = textwrap.shorten(_printable(answer.query), QUERY_CHARACTERS, placeholder=" …")
+    title = ": ".join(part for part in (_printable(answer.query_id or ""), query) if part) or "query"
     notes = []
     if answer.lost_tokens:
-        notes.append(
-            ("cut", f"the model takes no more; at least {answer.lost_tokens:,} tokens were not searched for")
-        )
+        notes.append(("cut", f"at least {answer.lost_tokens:,} tokens, which the model does not take"))
     if not answer.found:
         return Report(title=f"{title}\n  no document found", rows=notes)
     columns = _columns(answer)

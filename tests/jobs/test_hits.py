@@ -134,7 +134,7 @@ def test_a_table_shows_the_sentence_that_fits_the_query() -> None:
 def test_nothing_in_a_text_can_steer_the_terminal() -> None:
     output = io.StringIO()
     evil = hit("a\x1b[2J", text="\x1b]0;gotcha\x07x", title="t\rb", metadata={"n\x9bm": "\x1b[31m"})
-    write_table(answer(evil), output)
+    write_table(answer(evil, query_id="q\x1b"), output)
     assert not {"\x1b", "\x07", "\r", "\x9b"} & set(output.getvalue())
 
 
