@@ -69,9 +69,8 @@ class Layer:
 
     def __call__(self, x: Tensor, layout: Layout, computation: Computation) -> Tensor:
         """[T, D] -> [T, D]."""
-        back = self.attention(x, None, None, layout, computation.of(x))
-        x = self.attention_norm(x + computation.drop(back))
-        return self.norm(x + computation.drop(self.feed_forward(x, None, None, computation)))
+        x = self.attention_norm(self.attention(x, None, None, layout, computation))
+        return self.norm(self.feed_forward(x, None, None, computation))
 
 
 class BertBackbone:

@@ -18,9 +18,10 @@ from gemb.model.trainable.functions import (
     AttentionSettings,
     Norm,
     feed_forward,
-    norm_rows,
     normed_linear,
     packed_attention,
+    pair_order,
+    returned,
 )
 from gemb.model.trainable.parameters import Tensors, lay_together
 
@@ -48,9 +49,14 @@ class Computation:
         """The dtype of products of `x`."""
         return x.dtype if self.dtype is None else self.dtype
 
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is on."""
+        return self.trains and self.dropout > 0
+
     def drop(self, x: Tensor) -> Tensor:
         """Dropout, where it is on."""
-        return F.dropout(x, self.dropout) if self.trains and self.dropout > 0 else x
+        return F.dropout(x, self.dropout) if self.drops else x
 
 
 class TrainableBackbone(Protocol):
@@ -87,18 +93,34 @@ class Attention:
     key_gain: Tensors | None = None
 
     def __call__(
-        self, x: Tensor, gain: Tensor | None, norm: Norm | None, layout: Layout, dtype: torch.dtype
+        self,
+        x: Tensor,
+        gain: Tensor | None,
+        norm: Norm | None,
+        layout: Layout,
+        computation: Computation,
+        after: tuple[Tensor, Norm] | None = None,
     ) -> Tensor:
-        """What attention brings back of norm(x) * gain: [T, D] -> [T, D] in the dtype of x."""
+        """The stream x[T, D] and what attention brings back of norm(x) * gain, normed by `after` if given."""
+        has_turns = self.rotary is not None
         raw = normed_linear(
-            x, gain, norm, [part.matrix for part in self.inputs], [part.shift for part in self.inputs], dtype
+            x,
+            gain,
+            norm,
+            [part.matrix for part in self.inputs],
+            [part.shift for part in self.inputs],
+            computation.of(x),
+            pair_order(self.settings) if has_turns else None,
         )
         query_gain, key_gain = (
             None if part is None else part.matrix for part in (self.query_gain, self.key_gain)
         )
         turns = None if self.rotary is None else turns_of(self.rotary, layout, x.dtype)
         mixed = packed_attention(raw, query_gain, key_gain, self.settings, layout, turns)
-        return linear(mixed, self.output, dtype).to(x.dtype)
+        after_gain, after_norm = (None, None) if after is None else after
+        layer = (self.output.matrix, self.output.shift)
+        back = returned(mixed, x, layer, after_gain, after_norm, adds=not computation.drops)
+        return x + computation.drop(back) if computation.drops else back
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +140,8 @@ class FeedForward:
         computation: Computation,
         after_gain: Tensor | None = None,
     ) -> Tensor:
-        """What it brings back of norm(x) * gain, normed with `after_gain` if given: [T, D] -> [T, D]."""
-        return feed_forward(
+        """The stream x[T, D] and what comes back of norm(x) * gain, normed with `after_gain` if given."""
+        back = feed_forward(
             x,
             gain,
             norm,
@@ -130,7 +152,9 @@ class FeedForward:
             after_gain=after_gain,
             dtype=computation.of(x),
             recomputes=computation.recompute == "feed_forward",
+            adds=not computation.drops,
         )
+        return x + computation.drop(back) if computation.drops else back
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,19 +174,10 @@ class GatedLayer:
         """Stream[T, D] -> stream[T, D]."""
         gain = None if self.attention_gain is None else self.attention_gain.matrix
         norm = None if gain is None else self.norm
-        back = self.attention(x, gain, norm, layout, computation.of(x))
-        if self.after_attention is not None:
-            back = norm_rows(back, self.after_attention.matrix, self.norm)
-        x = x + computation.drop(back)
-        after = None if self.after_feed_forward is None else self.after_feed_forward.matrix
-        back = self.feed_forward(x, self.feed_forward_gain.matrix, self.norm, computation, after)
-        return x + computation.drop(back)
-
-
-def linear(x: Tensor, layer: Tensors, dtype: torch.dtype) -> Tensor:
-    """x[T, I] through a layer, in `dtype`."""
-    bias = layer.shift
-    return F.linear(x.to(dtype), layer.matrix.to(dtype), None if bias is None else bias.to(dtype))
+        after = None if self.after_attention is None else (self.after_attention.matrix, self.norm)
+        x = self.attention(x, gain, norm, layout, computation, after)
+        last = None if self.after_feed_forward is None else self.after_feed_forward.matrix
+        return self.feed_forward(x, self.feed_forward_gain.matrix, self.norm, computation, last)
 
 
 def run_layers(
@@ -186,17 +201,17 @@ def fuse_layer(attention: Attention, feed_forward: FeedForward) -> None:
     lay_together(feed_forward.inputs)
 
 
-def turns_of(rotary: Rotary, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles of each token, [T, 1, C/2]; made once a batch.
+def turns_of(rotary: Rotary, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """The turns of each token, complex[T, 1, C/2]; made once a batch.
 
-    The angles and their cosines are fp32, as in transformers, whatever `dtype` is.
+    Angles, cosines and sines are fp32, as in transformers and to its bits, whatever `dtype` is.
     """
     key = (rotary, dtype)
     if key not in layout.shared:
         frequencies = rotary._frequencies.float().to(layout.positions.device)
         distinct = torch.arange(max(1, layout.longest), device=layout.positions.device)
         angles = distinct.float()[:, None] * frequencies
-        found = (part[layout.positions][:, None].to(dtype) for part in (angles.cos(), angles.sin()))
-        layout.shared[key] = tuple(part * rotary._factor for part in found)
-    turns: tuple[Tensor, Tensor] = layout.shared[key]
+        parts = ((part * rotary._factor).to(dtype) for part in (angles.cos(), angles.sin()))
+        layout.shared[key] = torch.complex(*parts)[layout.positions][:, None]
+    turns: Tensor = layout.shared[key]
     return turns

@@ -3,7 +3,8 @@
 A plain graph keeps every operator's input. These keep what cannot be had again cheaply: norms, activations
 and rotary turns are computed anew in the backward pass, a piece of the rows at a time, so that neither pass
 holds more of them than a piece. Products run in `dtype`; norms, turns and the gradients of parameters stay
-in the dtype of the parameters.
+in the dtype of the parameters. The gain of a norm is folded into the weight of the product that follows, so
+that neither the gain nor its gradient needs a pass over the rows.
 
 T packed tokens, D width, O outputs of a product, F feed-forward width, H query heads, G key/value heads,
 C channels of a head, N texts of one length L.
@@ -19,17 +20,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemb.model.attention import CAUSAL, FULL, Reach
-from gemb.model.kernels import activation
+from gemb.model.kernels import activation, interleave, turn
 from gemb.model.layout import Group, Layout
 from gemb.model.packed_attention import attend, attend_groups, within
 
-PIECE_ROWS = 1024
-"""Rows of a piece: the intermediate rows of a layer stay in the last-level cache, products stay large."""
+PIECE_ROWS = 512
+"""Rows of a piece: its intermediate numbers stay in the second-level cache, products stay large enough."""
+_WIDE = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """The norm before a product: the root mean square's, or LayerNorm's without bias."""
+    """A norm of rows: by the root of their mean square, or LayerNorm's without bias."""
 
     epsilon: float
     offset: float = 0.0
@@ -37,39 +39,28 @@ class Norm:
     is_centred: bool = False
     """Whether the mean is taken away (LayerNorm)."""
 
-    def normalise(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x[..., D] -> the same at unit size, without gain, and the factors [..., 1] that did it."""
+    def factors(self, x: Tensor) -> Tensor:
+        """What brings each row of x[..., D] to unit size, [..., 1]."""
         if self.is_centred:
-            x = x - x.mean(-1, keepdim=True)
+            return x.var(-1, correction=0, keepdim=True).add_(self.epsilon).rsqrt_()
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        factor: Tensor = size.square_().mul_(1 / x.shape[-1]).add_(self.epsilon).rsqrt_()
-        return x * factor, factor
+        factors: Tensor = size.square_().mul_(1 / x.shape[-1]).add_(self.epsilon).rsqrt_()
+        return factors
 
-    def backward(self, grad: Tensor, unit: Tensor, factor: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-        """(gradient of x, gradient of the gain) of grad[..., D].
+    def unit(self, x: Tensor, factors: Tensor) -> Tensor:
+        """The rows of x at unit size, without gain."""
+        return (x - x.mean(-1, keepdim=True)).mul_(factors) if self.is_centred else x * factors
 
-        `unit` and `factor` are what `normalise` gave.
-        `gain` has the shape of the last dimensions of x that it differs along.
-        """
-        lead = grad.ndim - gain.ndim
-        grad_gain = (grad * unit).sum(tuple(range(lead)))
-        inner = grad * (gain + self.offset)
-        along = (inner * unit).mean(-1, keepdim=True)
-        grad_x = torch.addcmul(inner, unit, along, value=-1)
+    def backward_(self, grad: Tensor, unit: Tensor, factors: Tensor) -> Tensor:
+        """The gradient of x from that of `unit`, whose memory it takes."""
+        along = (grad * unit).mean(-1, keepdim=True)
         if self.is_centred:
-            grad_x -= inner.mean(-1, keepdim=True)
-        return grad_x.mul_(factor), grad_gain
-
-
-def _normed(x: Tensor, gain: Tensor | None, norm: Norm | None) -> Tensor:
-    """norm(x) * gain; x itself without a norm."""
-    if norm is None or gain is None:
-        return x
-    return norm.normalise(x)[0] * (gain + norm.offset)
+            grad -= grad.mean(-1, keepdim=True)
+        return grad.addcmul_(unit, along, value=-1).mul_(factors)
 
 
 def norm_rows(x: Tensor, gain: Tensor, norm: Norm) -> Tensor:
-    """norm(x) * gain of x[T, D], which keeps nothing but x for the backward pass."""
+    """norm(x) * gain of x[T, D]."""
     return _apply(_NormRows, x, gain, norm)
 
 
@@ -94,9 +85,29 @@ def normed_linear(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     dtype: torch.dtype,
+    order: Tensor | None = None,
 ) -> Tensor:
-    """norm(x) * gain through the stacked weights[O, D] and biases: [T, D] -> [T, O] in `dtype`."""
-    return _apply(_NormedLinear, x, gain, norm, dtype, len(weights), *weights, *biases)
+    """norm(x) * gain through the stacked weights[O, D] and biases: [T, D] -> [T, O] in `dtype`.
+
+    `order`[O] says which of the stacked outputs stands where; None leaves them as they are.
+    """
+    return _apply(_NormedLinear, x, gain, norm, dtype, order, len(weights), *weights, *biases)
+
+
+def returned(
+    x: Tensor,
+    stream: Tensor,
+    layer: tuple[Tensor, Tensor | None],
+    after_gain: Tensor | None,
+    norm: Norm | None,
+    *,
+    adds: bool,
+) -> Tensor:
+    """What attention brings back to the stream[T, D]: x[T, I] through weight and bias, normed if told.
+
+    `adds` adds it to the stream. The product runs in the dtype of x.
+    """
+    return _apply(_Returned, x, stream, after_gain, norm, adds, *layer)
 
 
 def feed_forward(
@@ -111,16 +122,17 @@ def feed_forward(
     after_gain: Tensor | None = None,
     dtype: torch.dtype,
     recomputes: bool = False,
+    adds: bool = False,
 ) -> Tensor:
     """The feed-forward of a layer: [T, D] -> [T, D] in the dtype of x.
 
     down(activation(gate(h)) * up(h)) where `is_gated`, else down(activation(up(h))), of h = norm(x) * gain;
     normed again with `after_gain` where there is one. `inputs` are weight and bias of gate and up (or both
     in one, gate first). `recomputes` keeps nothing as wide as F and computes the first product again in the
-    backward pass.
+    backward pass. `adds` adds x to what comes out.
     """
     weights, biases = zip(*inputs, strict=True)
-    settings = _FeedForwardSettings(norm, activation_name, is_gated, dtype, recomputes, len(weights))
+    settings = _FeedForwardSettings(norm, activation_name, is_gated, dtype, recomputes, adds, len(weights))
     return _apply(_FeedForward, x, gain, after_gain, settings, *down, *weights, *biases)
 
 
@@ -130,12 +142,12 @@ def packed_attention(
     key_gain: Tensor | None,
     settings: "AttentionSettings",
     layout: Layout,
-    turns: tuple[Tensor, Tensor] | None,
+    turns: Tensor | None,
 ) -> Tensor:
     """Mixed values[T, H * C] of raw[T, (H + 2G) * C], the product of queries, keys and values.
 
-    Queries and keys are normed where they have gains, turned by `turns` (cosines and sines, [T, 1, C/2];
-    a head's halves are pairs), and queries scaled.
+    Queries and keys are normed where they have gains, turned by the complex `turns`[T, 1, C/2], and queries
+    scaled. Channels 2c and 2c + 1 of raw queries and keys are a pair where there are turns.
     """
     return _apply(_PackedAttention, raw, query_gain, key_gain, settings, layout, turns)
 
@@ -168,8 +180,11 @@ def _pieces(rows: int, device: torch.device) -> Iterator[slice]:
         yield slice(first, min(first + step, rows))
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return F.linear(x.to(dtype), weight, bias)
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """The product x @ weight.T + bias, into `out` if given; no gradients."""
+    if bias is None:
+        return torch.mm(x, weight.T, out=out)
+    return torch.addmm(bias, x, weight.T, out=out)
 
 
 def _add_outer_(total: Tensor, grad: Tensor, x: Tensor) -> None:
@@ -178,31 +193,6 @@ def _add_outer_(total: Tensor, grad: Tensor, x: Tensor) -> None:
         total.addmm_(grad.T, x)
     else:
         total += grad.T @ x
-
-
-def _stacked_biases(parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
-    """Stacked in `dtype`; None if there are none. Layers of one input have biases all or none."""
-    present = _present(parts)
-    return stacked(present).to(dtype) if present else None
-
-
-def _enter(x: Tensor, gain: Tensor | None, norm: Norm | None) -> tuple[Tensor, Tensor, Tensor]:
-    """What goes into the product, x normed; and what `_leave` needs."""
-    if norm is None or gain is None:
-        return x, x, x
-    unit, factor = norm.normalise(x)
-    return unit * (gain + norm.offset), unit, factor
-
-
-def _leave(
-    grad: Tensor, unit: Tensor, factor: Tensor, gain: Tensor | None, norm: Norm | None, total: Tensor | None
-) -> Tensor:
-    """The gradient of x from that of what went into the product; the gain's is added to `total`."""
-    if norm is None or gain is None or total is None:
-        return grad
-    grad_x, grad_gain = norm.backward(grad, unit, factor, gain)
-    total += grad_gain
-    return grad_x
 
 
 def _present(parts: Sequence[Tensor | None]) -> list[Tensor]:
@@ -219,61 +209,218 @@ def _split(total: Tensor | None, like: Sequence[Tensor | None]) -> list[Tensor |
     ]
 
 
-class _NormedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401  # torch's context
-        x: Tensor,
+class _Product:
+    """A product of normed rows: stacked weights with the gain folded in, and the gradients of all of them.
+
+    Layers of one input have biases all or none.
+    """
+
+    def __init__(
+        self,
         gain: Tensor | None,
         norm: Norm | None,
-        dtype: torch.dtype,
+        parts: Sequence[Tensor | None],
         count: int,
-        *parts: Tensor | None,
-    ) -> Tensor:
-        weight, bias = stacked(_present(parts[:count])).to(dtype), _stacked_biases(parts[count:], dtype)
-        result = x.new_empty(len(x), len(weight), dtype=dtype)
+        dtype: torch.dtype,
+        order: Tensor | None = None,
+    ) -> None:
+        self._weights, self._biases = parts[:count], parts[count:]
+        self._whole = stacked(_present(self._weights))
+        self._gain = None if gain is None or norm is None else gain + norm.offset
+        self._norm = norm if self._gain is not None else None
+        self._order = None if order is None else order.to(self._whole.device)
+        weight = self._whole if self._gain is None else self._whole * self._gain
+        biases = _present(self._biases)
+        bias = stacked(biases) if biases else None
+        if self._order is not None:
+            weight, bias = weight[self._order], None if bias is None else bias[self._order]
+        self.weight = weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+
+    def enter(self, x: Tensor, factors: Tensor | None) -> Tensor:
+        """What is multiplied: the rows of x at unit size, or as they are without a norm."""
+        return x if self._norm is None or factors is None else self._norm.unit(x, factors)
+
+    def factors(self, x: Tensor) -> Tensor | None:
+        """What `enter` needs of x."""
+        return None if self._norm is None else self._norm.factors(x)
+
+    def leave_(self, grad: Tensor, entered: Tensor, factors: Tensor | None) -> Tensor:
+        """The gradient of x from that of what was multiplied, whose memory it takes."""
+        if self._norm is None or factors is None:
+            return grad
+        return self._norm.backward_(grad, entered, factors)
+
+    def zero_gradients(self, *, needs_weight: bool) -> None:
+        """Make room for the gradients that `add_gradients` adds up."""
+        self._grad = torch.zeros_like(self._whole) if needs_weight or self._gain is not None else None
+        bias = self.bias
+        self._grad_bias = None if bias is None else torch.zeros_like(bias, dtype=self._whole.dtype)
+
+    def add_gradients(self, grad: Tensor, entered: Tensor) -> None:
+        """Add those of some rows; `entered` is what was multiplied, in the dtype of the product."""
+        if self._grad is not None:
+            _add_outer_(self._grad, grad, entered)
+        if self._grad_bias is not None:
+            self._grad_bias += grad.sum(0)
+
+    def gradients(self) -> tuple[Tensor | None, list[Tensor | None]]:
+        """(gradient of the gain, gradients of all parts)."""
+        grad, bias = self._grad, self._grad_bias
+        if self._order is not None:
+            grad = None if grad is None else torch.empty_like(grad).index_copy_(0, self._order, grad)
+            bias = None if bias is None else torch.empty_like(bias).index_copy_(0, self._order, bias)
+        grad_gain = None
+        if grad is not None and self._gain is not None:
+            grad_gain = (grad * self._whole).sum(0)
+            grad *= self._gain
+        return grad_gain, [*_split(grad, self._weights), *_split(bias, self._biases)]
+
+
+class _NormRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, norm: Norm) -> Tensor:  # noqa: ANN401  # torch's context
+        result, factors = torch.empty_like(x), x.new_empty(len(x), 1)
         for rows in _pieces(len(x), x.device):
-            result[rows] = _product(_normed(x[rows], gain, norm), weight, bias, dtype)
-        ctx.save_for_backward(x, gain, *parts)
-        ctx.settings = (norm, dtype, count)
+            factors[rows] = norm.factors(x[rows])
+            torch.mul(norm.unit(x[rows], factors[rows]), gain + norm.offset, out=result[rows])
+        ctx.save_for_backward(x, gain, factors)
+        ctx.norm = norm
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
-        x, gain, *parts = ctx.saved_tensors
-        norm, dtype, count = ctx.settings
-        weights, biases = parts[:count], parts[count:]
-        weight = stacked(weights).to(dtype)
-        needs_weight = any(ctx.needs_input_grad[5 : 5 + count])
-        needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        # Gradients of parameters are summed in the dtype of the parameters.
-        grad_weight = torch.zeros_like(weight, dtype=weights[0].dtype) if needs_weight else None
-        grad_bias = grad.sum(0, dtype=x.dtype) if any(ctx.needs_input_grad[5 + count :]) else None
-        grad_x = torch.empty_like(x) if needs_x else None
-        grad_gain = None if gain is None else torch.zeros_like(gain)
+        x, gain, factors = ctx.saved_tensors
+        grad_x, grad_gain = torch.empty_like(x), torch.zeros_like(gain)
         for rows in _pieces(len(x), x.device):
-            h, unit, factor = _enter(x[rows], gain, norm)
-            if grad_weight is not None:
-                _add_outer_(grad_weight, grad[rows], h.to(dtype))
-            if grad_x is not None:
-                grad_h = (grad[rows] @ weight).to(x.dtype)
-                grad_x[rows] = _leave(grad_h, unit, factor, gain, norm, grad_gain)
-        return grad_x, grad_gain, None, None, None, *_split(grad_weight, weights), *_split(grad_bias, biases)
+            grad_x[rows] = _after_backward(grad[rows], x[rows], factors[rows], gain, ctx.norm, grad_gain)
+        return grad_x, grad_gain, None
 
 
-class _NormRows(torch.autograd.Function):
+def _after_backward(
+    grad: Tensor, x: Tensor, factors: Tensor, gain: Tensor, norm: Norm, total: Tensor
+) -> Tensor:
+    """The gradient of x from that of norm(x) * gain; the gain's is added to `total`."""
+    unit = norm.unit(x, factors)
+    total += (grad * unit).sum(0)
+    return norm.backward_(grad * (gain + norm.offset), unit, factors)
+
+
+class _NormedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, norm: Norm) -> Tensor:  # noqa: ANN401
-        ctx.save_for_backward(x, gain)
-        ctx.norm = norm
-        return _normed(x, gain, norm)
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        gain: Tensor | None,
+        norm: Norm | None,
+        dtype: torch.dtype,
+        order: Tensor | None,
+        count: int,
+        *parts: Tensor | None,
+    ) -> Tensor:
+        product = _Product(gain, norm, parts, count, dtype, order)
+        result = x.new_empty(len(x), len(product.weight), dtype=dtype)
+        factors = product.factors(x)
+        for rows in _pieces(len(x), x.device):
+            entered = product.enter(x[rows], None if factors is None else factors[rows])
+            _multiply(entered.to(dtype), product.weight, product.bias, result[rows])
+        ctx.save_for_backward(x, gain, factors, *parts)
+        ctx.settings = (norm, dtype, order, count)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
-        x, gain = ctx.saved_tensors
-        return *ctx.norm.backward(grad, *ctx.norm.normalise(x), gain), None
+        x, gain, factors, *parts = ctx.saved_tensors
+        norm, dtype, order, count = ctx.settings
+        product = _Product(gain, norm, parts, count, dtype, order)
+        product.zero_gradients(needs_weight=any(ctx.needs_input_grad[6 : 6 + count]))
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        for rows in _pieces(len(x), x.device):
+            here = None if factors is None else factors[rows]
+            entered = product.enter(x[rows], here)
+            product.add_gradients(grad[rows], entered.to(dtype))
+            if grad_x is not None:
+                grad_entered = (grad[rows] @ product.weight).to(x.dtype)
+                grad_x[rows] = product.leave_(grad_entered, entered, here)
+        grad_gain, grad_parts = product.gradients()
+        return grad_x, grad_gain, None, None, None, None, *grad_parts
+
+
+class _Returned(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        stream: Tensor,
+        after_gain: Tensor | None,
+        norm: Norm | None,
+        adds: bool,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        product = _Product(None, None, [weight, bias], 1, x.dtype)
+        result = torch.empty_like(stream)
+        before, factors = _room_for_after(x.dtype, stream, after_gain)
+        for rows in _pieces(len(x), x.device):
+            back = _multiply(x[rows], product.weight, product.bias)
+            _write_after(rows, back, stream, after_gain, norm, adds, result, before, factors)
+        ctx.save_for_backward(x, after_gain, before, factors, weight, bias)
+        ctx.settings = (norm, adds)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+        x, after_gain, before, factors, weight, bias = ctx.saved_tensors
+        norm, adds = ctx.settings
+        product = _Product(None, None, [weight, bias], 1, x.dtype)
+        product.zero_gradients(needs_weight=ctx.needs_input_grad[5])
+        grad_x = torch.empty_like(x)
+        grad_after = None if after_gain is None else torch.zeros_like(after_gain)
+        for rows in _pieces(len(x), x.device):
+            back = grad[rows]
+            if grad_after is not None:
+                here = before[rows].to(grad.dtype)
+                back = _after_backward(back, here, factors[rows], after_gain, norm, grad_after)
+            back = back.to(x.dtype)
+            product.add_gradients(back, x[rows])
+            torch.mm(back, product.weight, out=grad_x[rows])
+        _, (grad_weight, grad_bias) = product.gradients()
+        return grad_x, grad if adds else None, grad_after, None, None, grad_weight, grad_bias
+
+
+def _room_for_after(
+    dtype: torch.dtype, stream: Tensor, after_gain: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the norm on the way back keeps: its input[T, D] and its factors[T, 1]."""
+    if after_gain is None:
+        return None, None
+    return stream.new_empty(stream.shape, dtype=dtype), stream.new_empty(len(stream), 1)
+
+
+def _write_after(
+    rows: slice,
+    back: Tensor,
+    stream: Tensor,
+    after_gain: Tensor | None,
+    norm: Norm | None,
+    adds: bool,
+    result: Tensor,
+    before: Tensor | None,
+    factors: Tensor | None,
+) -> None:
+    """Some rows of the result: `back`, normed if there is a gain, added to the stream if told."""
+    if after_gain is None or norm is None or before is None or factors is None:
+        result[rows] = back
+    else:
+        before[rows] = back
+        back = back.to(stream.dtype)
+        factors[rows] = norm.factors(back)
+        torch.mul(norm.unit(back, factors[rows]), after_gain + norm.offset, out=result[rows])
+    if adds:
+        result[rows] += stream[rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,29 +430,9 @@ class _FeedForwardSettings:
     is_gated: bool
     dtype: torch.dtype
     recomputes: bool
+    adds: bool
     count: int
     """How many weights the first product is stacked of."""
-
-
-def _activation_backward(name: str, grad: Tensor, x: Tensor) -> Tensor:
-    match name:
-        case "gelu":
-            return torch.ops.aten.gelu_backward(grad, x)  # type: ignore[no-any-return]
-        case "gelu_tanh":
-            return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")  # type: ignore[no-any-return]
-        case "silu":
-            return torch.ops.aten.silu_backward(grad, x)  # type: ignore[no-any-return]
-        case "relu":
-            return torch.ops.aten.threshold_backward(grad, x, 0)  # type: ignore[no-any-return]
-    raise ValueError(f"no backward of {name!r}")
-
-
-def _activated(wide: Tensor, settings: _FeedForwardSettings) -> Tensor:
-    """What goes into `down`: [T, F] of the first product."""
-    if not settings.is_gated:
-        return activation(settings.activation)(wide)
-    gate, up = wide.chunk(2, -1)
-    return activation(settings.activation)(gate).mul_(up)
 
 
 class _FeedForward(torch.autograd.Function):
@@ -320,21 +447,20 @@ class _FeedForward(torch.autograd.Function):
         down_bias: Tensor | None,
         *parts: Tensor | None,
     ) -> Tensor:
-        dtype, count = settings.dtype, settings.count
-        weight, bias = stacked(_present(parts[:count])).to(dtype), _stacked_biases(parts[count:], dtype)
-        out_weight, out_bias = down.to(dtype), _stacked_biases([down_bias], dtype)
-        result = torch.empty_like(x)
-        wide = None if settings.recomputes else x.new_empty(len(x), len(weight), dtype=dtype)
-        before = None if after_gain is None else x.new_empty(x.shape, dtype=dtype)
+        norm, dtype = settings.norm, settings.dtype
+        product = _Product(gain, norm, parts, settings.count, dtype)
+        out = _Product(None, None, [down, down_bias], 1, dtype)
+        result, factors = torch.empty_like(x), product.factors(x)
+        wide = None if settings.recomputes else x.new_empty(len(x), len(product.weight), dtype=dtype)
+        before, after_factors = _room_for_after(dtype, x, after_gain)
         for rows in _pieces(len(x), x.device):
-            part = _product(_normed(x[rows], gain, settings.norm), weight, bias, dtype)
-            if wide is not None:
-                wide[rows] = part
-            product = _product(_activated(part, settings), out_weight, out_bias, dtype)
-            if before is not None:
-                before[rows] = product
-            result[rows] = _normed(product.to(x.dtype), after_gain, settings.norm)
-        ctx.save_for_backward(x, gain, after_gain, wide, before, down, down_bias, *parts)
+            entered = product.enter(x[rows], None if factors is None else factors[rows]).to(dtype)
+            part = _multiply(entered, product.weight, product.bias, None if wide is None else wide[rows])
+            back = _multiply(_activated(part, settings), out.weight, out.bias)
+            _write_after(rows, back, x, after_gain, norm, settings.adds, result, before, after_factors)
+        ctx.save_for_backward(
+            x, gain, factors, after_gain, wide, before, after_factors, down, down_bias, *parts
+        )
         ctx.settings = settings
         return result
 
@@ -342,50 +468,107 @@ class _FeedForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
         settings: _FeedForwardSettings = ctx.settings
-        x, gain, after_gain, wide, before, down, down_bias, *parts = ctx.saved_tensors
+        x, gain, factors, after_gain, wide, before, after_factors, down, down_bias, *parts = ctx.saved_tensors
         norm, dtype, count = settings.norm, settings.dtype, settings.count
-        weights, biases = parts[:count], parts[count:]
-        weight, bias, out_weight = stacked(weights).to(dtype), _stacked_biases(biases, dtype), down.to(dtype)
-        needs = ctx.needs_input_grad
+        product = _Product(gain, norm, parts, count, dtype)
+        out = _Product(None, None, [down, down_bias], 1, dtype)
+        product.zero_gradients(needs_weight=any(ctx.needs_input_grad[6 : 6 + count]))
+        out.zero_gradients(needs_weight=ctx.needs_input_grad[4])
         grad_x = torch.empty_like(x)
-        grad_gain, grad_after = (None if one is None else torch.zeros_like(one) for one in (gain, after_gain))
-        grad_down = torch.zeros_like(down) if needs[4] else None
-        grad_down_bias = None if down_bias is None else torch.zeros_like(down_bias)
-        grad_weight = torch.zeros_like(weight, dtype=x.dtype) if any(needs[6 : 6 + count]) else None
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=x.dtype)
+        grad_after = None if after_gain is None else torch.zeros_like(after_gain)
         for rows in _pieces(len(x), x.device):
-            h, unit, factor = _enter(x[rows], gain, norm)
-            h = h.to(dtype)
-            part = _product(h, weight, bias, dtype) if wide is None else wide[rows]
-            grad_out = grad[rows]
-            if before is not None:
-                after = _enter(before[rows].to(x.dtype), after_gain, norm)
-                grad_out = _leave(grad_out, after[1], after[2], after_gain, norm, grad_after)
-            if grad_down_bias is not None:
-                grad_down_bias += grad_out.sum(0)
-            grad_out = grad_out.to(dtype)
-            grad_inner = grad_out @ out_weight
-            if settings.is_gated:
-                gate, up = part.chunk(2, -1)
-                active = activation(settings.activation)(gate)
-                grad_part = torch.empty_like(part)
-                grad_gate, grad_up = grad_part.chunk(2, -1)
-                torch.mul(grad_inner, active, out=grad_up)
-                grad_gate.copy_(_activation_backward(settings.activation, grad_inner.mul_(up), gate))
-                active.mul_(up)
+            here = None if factors is None else factors[rows]
+            entered = product.enter(x[rows], here)
+            narrow = entered.to(dtype)
+            part = _multiply(narrow, product.weight, product.bias) if wide is None else wide[rows]
+            back = grad[rows]
+            if grad_after is not None and norm is not None:
+                last = before[rows].to(x.dtype)
+                back = _after_backward(back, last, after_factors[rows], after_gain, norm, grad_after)
+            back = back.to(dtype)
+            active, grad_part = _activated_backward(back @ out.weight, part, settings)
+            out.add_gradients(back, active)
+            product.add_gradients(grad_part, narrow)
+            grad_entered = (grad_part @ product.weight).to(x.dtype)
+            grad_here = product.leave_(grad_entered, entered, here)
+            if settings.adds:
+                torch.add(grad_here, grad[rows], out=grad_x[rows])
             else:
-                active = _activated(part, settings)
-                grad_part = _activation_backward(settings.activation, grad_inner, part)
-            if grad_down is not None:
-                _add_outer_(grad_down, grad_out, active)
-            if grad_weight is not None:
-                _add_outer_(grad_weight, grad_part, h)
-            if grad_bias is not None:
-                grad_bias += grad_part.sum(0)
-            grad_h = (grad_part @ weight).to(x.dtype)
-            grad_x[rows] = _leave(grad_h, unit, factor, gain, norm, grad_gain)
-        found = _split(grad_weight, weights), _split(grad_bias, biases)
-        return grad_x, grad_gain, grad_after, None, grad_down, grad_down_bias, *found[0], *found[1]
+                grad_x[rows] = grad_here
+        grad_gain, grad_parts = product.gradients()
+        _, grad_down = out.gradients()
+        return grad_x, grad_gain, grad_after, None, *grad_down, *grad_parts
+
+
+def _activated(wide: Tensor, settings: _FeedForwardSettings) -> Tensor:
+    """What goes into `down`: [T, F] of the first product."""
+    if not settings.is_gated:
+        return _active(wide, settings.activation)
+    gate, up = wide.chunk(2, -1)
+    return _active(gate, settings.activation).mul_(up)
+
+
+def _activated_backward(grad: Tensor, wide: Tensor, settings: _FeedForwardSettings) -> tuple[Tensor, Tensor]:
+    """(what went into `down`, gradient of the first product); `grad` of the former is overwritten."""
+    if not settings.is_gated:
+        return _active_backward(grad, wide, settings.activation)
+    gate, up = wide.chunk(2, -1)
+    grad_wide = torch.empty_like(wide)
+    grad_gate, grad_up = grad_wide.chunk(2, -1)
+    active, slope = _active_and_slope(gate, settings.activation)
+    torch.mul(grad, active, out=grad_up)
+    grad.mul_(up)
+    torch.mul(grad, slope, out=grad_gate)
+    return active.mul_(up), grad_wide
+
+
+# gelu(x) with tanh is x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)). torch's operator needs three times the
+# time of these passes on a CPU, and its backward as much again.
+_GELU_LINEAR = 1.5957691216057308
+_GELU_CUBIC = _GELU_LINEAR * 0.044715
+
+
+def _active(x: Tensor, name: str) -> Tensor:
+    """The activation of x."""
+    if name == "gelu_tanh" and x.dtype in _WIDE and x.device.type == "cpu":
+        return _gelu_gate(x).mul_(x)
+    return activation(name)(x)
+
+
+def _gelu_gate(x: Tensor) -> Tensor:
+    """The sigmoid that gelu multiplies x with."""
+    return (x * x).mul_(_GELU_CUBIC).add_(_GELU_LINEAR).mul_(x).sigmoid_()
+
+
+def _active_and_slope(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The activation of x and its derivative."""
+    if name == "gelu_tanh" and x.dtype in _WIDE and x.device.type == "cpu":
+        gate = _gelu_gate(x)
+        active = gate * x
+        # d/dx x s(u(x)) = s + x s (1 - s) u'
+        slope = (x * x).mul_(3 * _GELU_CUBIC).add_(_GELU_LINEAR).mul_(active)
+        return active, torch.addcmul(gate, slope, 1 - gate)
+    if name == "silu" and x.dtype in _WIDE:
+        gate = torch.sigmoid(x)
+        active = gate * x
+        return active, torch.addcmul(gate, active, 1 - gate)
+    return _active_backward(torch.ones_like(x), x, name)
+
+
+def _active_backward(grad: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """(activation of x, gradient of x)."""
+    match name:
+        case "gelu":
+            grad_x = torch.ops.aten.gelu_backward(grad, x)
+        case "gelu_tanh":
+            grad_x = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+        case "silu":
+            grad_x = torch.ops.aten.silu_backward(grad, x)
+        case "relu":
+            grad_x = torch.ops.aten.threshold_backward(grad, x, 0)
+        case _:
+            raise ValueError(f"no backward of {name!r}")
+    return activation(name)(x), grad_x
 
 
 # --- attention --------------------
@@ -409,18 +592,6 @@ class AttentionSettings:
     """Of queries and keys, where they have gains."""
 
 
-def turned(heads: Tensor, turns: tuple[Tensor, Tensor], *, back: bool = False) -> Tensor:
-    """heads[T, H, C] with channel c and c + C/2 turned as a pair; `back` turns the other way."""
-    cosines, sines = turns
-    result = torch.empty_like(heads)
-    first, second = heads.chunk(2, -1)
-    new_first, new_second = result.chunk(2, -1)
-    sign = -1 if back else 1
-    torch.mul(first, cosines, out=new_first).addcmul_(second, sines, value=-sign)
-    torch.mul(second, cosines, out=new_second).addcmul_(first, sines, value=sign)
-    return result
-
-
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -430,10 +601,17 @@ class _PackedAttention(torch.autograd.Function):
         key_gain: Tensor | None,
         settings: AttentionSettings,
         layout: Layout,
-        turns: tuple[Tensor, Tensor] | None,
+        turns: Tensor | None,
     ) -> Tensor:
-        gains = _gains(query_gain, key_gain, settings)
-        queries, keys, values = _heads(raw, gains, settings, turns)
+        heads = raw.view(len(raw), -1, settings.channels)
+        gains = _gains(raw, query_gain, key_gain, settings)
+        factors = None
+        if settings.norm is not None:
+            factors = gains.new_empty(len(raw), len(gains), 1)
+            for rows in _pieces(len(raw), raw.device):
+                factors[rows] = settings.norm.factors(_wide(heads[rows, : len(gains)]))
+        queries, keys = _queries_and_keys(heads, factors, gains, settings, turns)
+        values = heads[:, len(gains) :]
         mixed = raw.new_empty(len(raw), settings.heads, settings.channels)
         sums: list[Tensor | None] = []  # log of the sum of exponentials, by group
         if raw.is_cuda:
@@ -444,8 +622,8 @@ class _PackedAttention(torch.autograd.Function):
                 out, logarithms = _mix(q, k, v, settings)
                 _texts(mixed, group).copy_(out)
                 sums.append(logarithms)
-        ctx.save_for_backward(raw, query_gain, key_gain, mixed, *(turns or ()), *sums)
-        ctx.settings, ctx.layout, ctx.turns = settings, layout, 0 if turns is None else 2
+        ctx.save_for_backward(raw, query_gain, key_gain, factors, turns, mixed, *sums)
+        ctx.settings, ctx.layout = settings, layout
         return mixed.flatten(1)
 
     @staticmethod
@@ -453,13 +631,13 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
         settings: AttentionSettings = ctx.settings
         layout: Layout = ctx.layout
-        raw, query_gain, key_gain, mixed, *others = ctx.saved_tensors
-        turns, sums = tuple(others[: ctx.turns]), others[ctx.turns :]
-        gains = _gains(query_gain, key_gain, settings)
-        queries, keys, values = _heads(raw, gains, settings, turns or None)
+        raw, query_gain, key_gain, factors, turns, mixed, *sums = ctx.saved_tensors
+        heads = raw.view(len(raw), -1, settings.channels)
+        gains = _gains(raw, query_gain, key_gain, settings)
+        queries, keys = _queries_and_keys(heads, factors, gains, settings, turns)
+        values = heads[:, len(gains) :]
         grad = grad.view_as(mixed)
-        both = settings.heads + settings.shared
-        grad_heads = torch.empty_like(raw).view(len(raw), both + settings.shared, settings.channels)
+        grad_heads = torch.empty_like(heads)
         into = torch.split(grad_heads, [settings.heads, settings.shared, settings.shared], dim=1)
         if raw.is_cuda:
             run = _differentiable(lambda q, k, v: attend(q, k, v, layout, settings.reach, settings.softcap))
@@ -470,55 +648,77 @@ class _PackedAttention(torch.autograd.Function):
                 one_grad, q, k, v, out = (
                     _texts(part, group) for part in (grad, queries, keys, values, mixed)
                 )
-                found_here = _mix_backward(one_grad, q, k, v, out, logarithms, settings)
-                for place, one in zip(into, found_here, strict=True):
+                found = _mix_backward(one_grad, q, k, v, out, logarithms, settings)
+                for place, one in zip(into, found, strict=True):
                     _texts(place, group).copy_(one)
-        # Back through turns, scale and norms of queries and keys; values are as they were.
-        inner = _wide(grad_heads[:, :both])
-        if turns:
-            inner = turned(inner, turns, back=True)
-        found: tuple[Tensor | None, Tensor | None] = (None, None)
-        if gains is not None and settings.norm is not None:
-            unit, factor = settings.norm.normalise(_wide(raw.view_as(grad_heads)[:, :both]))
-            plain = Norm(settings.norm.epsilon)  # the gains already hold offset and scale
-            inner, grad_gains = plain.backward(inner, unit, factor, gains)
-            found = grad_gains[: settings.heads].sum(0) * settings.scale, grad_gains[settings.heads :].sum(0)
-        else:
-            inner[:, : settings.heads] *= settings.scale
-        grad_heads[:, :both] = inner
-        return grad_heads.view_as(raw), *found, None, None, None
+        # Back through turns, gains and norms of queries and keys; values are as they were.
+        grad_gains = None if factors is None else torch.zeros_like(gains)
+        turned_back = None if turns is None else turns.conj().resolve_conj()
+        for rows in _pieces(len(raw), raw.device):
+            inner = _wide(grad_heads[rows, : len(gains)])
+            if turned_back is not None:
+                inner = turn(inner, turned_back[rows])
+            if grad_gains is None or settings.norm is None:
+                grad_heads[rows, : len(gains)] = inner * gains
+                continue
+            unit = settings.norm.unit(_wide(heads[rows, : len(gains)]), factors[rows])
+            grad_gains += (inner * unit).sum(0)
+            grad_heads[rows, : len(gains)] = settings.norm.backward_(inner * gains, unit, factors[rows])
+        grad_query = grad_key = None
+        if grad_gains is not None:
+            undo = slice(None) if turns is None else torch.argsort(_pair_order(settings.channels, raw.device))
+            grad_query = grad_gains[: settings.heads].sum(0)[undo] * settings.scale
+            grad_key = grad_gains[settings.heads :].sum(0)[undo]
+        return grad_heads.view_as(raw), grad_query, grad_key, None, None, None
+
+
+def pair_order(settings: AttentionSettings) -> Tensor:
+    """int64[O], the order of the outputs of queries, keys and values that puts pairs side by side.
+
+    Checkpoints keep a pair to be turned as channels c and c + C/2 of a head.
+    """
+    channels = settings.channels
+    turned = settings.heads + settings.shared
+    starts = torch.arange(turned)[:, None] * channels
+    values = torch.arange(turned * channels, (turned + settings.shared) * channels)
+    return torch.cat([(starts + interleave(channels)).reshape(-1), values])
+
+
+def _pair_order(channels: int, device: torch.device) -> Tensor:
+    return interleave(channels).to(device)
 
 
 def _wide(heads: Tensor) -> Tensor:
     """16-bit heads in fp32, for norms and turns; others as they are."""
-    return heads if heads.dtype in (torch.float32, torch.float64) else heads.float()
+    return heads if heads.dtype in _WIDE else heads.float()
 
 
-def _gains(query: Tensor | None, key: Tensor | None, settings: AttentionSettings) -> Tensor | None:
-    """The gains of all query and key heads, [H + G, C], offset and scale of the scores applied."""
+def _gains(raw: Tensor, query: Tensor | None, key: Tensor | None, settings: AttentionSettings) -> Tensor:
+    """What query and key heads are multiplied with, [H + G, C]: gains with offset, and the score scale."""
     if query is None or key is None or settings.norm is None:
-        return None
-    offset = settings.norm.offset
-    parts = [(query + offset).mul_(settings.scale).expand(settings.heads, -1)]
-    return torch.cat([*parts, (key + offset).expand(settings.shared, -1)])
+        ones = torch.ones(settings.heads + settings.shared, 1, device=raw.device, dtype=_wide(raw[:0]).dtype)
+        ones[: settings.heads] = settings.scale
+        return ones
+    order = _pair_order(settings.channels, raw.device)
+    query, key = (gain[order] + settings.norm.offset for gain in (query, key))
+    heads = (query.mul_(settings.scale).expand(settings.heads, -1), key.expand(settings.shared, -1))
+    return torch.cat(heads)
 
 
-def _heads(
-    raw: Tensor, gains: Tensor | None, settings: AttentionSettings, turns: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries[T, H, C], normed, turned and scaled, keys[T, G, C], normed and turned, and values[T, G, C]."""
-    heads = raw.view(len(raw), -1, settings.channels)
-    both = settings.heads + settings.shared
-    x = _wide(heads[:, :both])
-    if gains is not None and settings.norm is not None:
-        x = settings.norm.normalise(x)[0].mul_(gains)
-    if turns is not None:
-        x = turned(x, turns)
-    if gains is None:
-        x = x.clone() if turns is None else x
-        x[:, : settings.heads] *= settings.scale
-    queries, keys = torch.split(x.to(raw.dtype), [settings.heads, settings.shared], dim=1)
-    return queries, keys, heads[:, both:]
+def _queries_and_keys(
+    heads: Tensor, factors: Tensor | None, gains: Tensor, settings: AttentionSettings, turns: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Queries[T, H, C] and keys[T, G, C] of raw heads[T, H + 2G, C]: normed, scaled and turned."""
+    made = heads.new_empty(len(heads), len(gains), settings.channels)
+    for rows in _pieces(len(heads), heads.device):
+        x = _wide(heads[rows, : len(gains)])
+        if factors is not None and settings.norm is not None:
+            x = settings.norm.unit(x, factors[rows]).mul_(gains)
+        else:
+            x = x * gains
+        made[rows] = x if turns is None else turn(x, turns[rows])
+    queries, keys = torch.split(made, [settings.heads, settings.shared], dim=1)
+    return queries, keys
 
 
 def _texts(x: Tensor, group: Group) -> Tensor:
