@@ -9,7 +9,7 @@ HEAVY = {"torch", "transformers", "usearch", "sklearn", "scipy", "matplotlib", "
 
 @pytest.mark.parametrize(
     "room",
-    "commands device engine errors evaluation files jobs recipe report store text vectors".split(),
+    "commands device engine errors evaluation files jobs recipe report retrieval store text vectors".split(),
 )
 def test_a_room_loads_nothing_heavy(room: str) -> None:
     statement = f"""
