@@ -352,6 +352,9 @@ class Adding:
             yield from self._new_among(chunk)
             if self._outcome.more:
                 return
+            if item is None and self._is_late():
+                self._outcome.more = True  # for all that is known
+                return
             if item is None:
                 yield None
             chunk, characters = [], 0

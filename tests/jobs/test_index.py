@@ -531,6 +531,21 @@ def test_max_seconds_does_something_and_stops(bench: Bench) -> None:
     assert counts_of(bench.run(source))[:3] == (200 - added, 0, added)
 
 
+@pytest.mark.parametrize("rows", [0, 5])
+def test_an_idle_pipe_ends_when_max_seconds_are_over(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as pipe, os.fdopen(reading, "rb") as stdin:
+        pipe.write(bench.write(rows_of(rows)).read_bytes())
+        pipe.flush()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin, encoding="utf-8"))
+        report = bench.run("-", max_seconds=0.5, input_format="jsonl")
+        assert (report.exit_code, report.data["added"]) == (Exit.MORE, rows)
+        assert report.title.endswith("; stopped by a limit, the rest of the pipe was not read")
+        pipe.close()
+
+
 def test_the_cache_spares_texts_that_were_embedded_before(bench: Bench) -> None:
     source = bench.write(rows_of(30))
     bench.run(source, cache=bench.place / "cache")
@@ -717,6 +732,24 @@ def test_vectors_that_are_none_are_refused_by_row(bench: Bench) -> None:
     report = bench.run(vectors=bench.place / "v.npy", on_error="skip")
     assert counts_of(report) == (3, 0, 0, 0, 2)
     assert list(content_of(bench.path)) == ["0", "2", "4"]
+
+
+def test_a_refused_row_is_named_by_its_line_in_every_block(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gemb.jobs.index_vectors.BLOCK_ROWS", 2)
+    vectors = unit(6)
+    vectors[4] = 0
+    np.save(bench.place / "v.npy", vectors)
+    source = bench.write(rows_of(6))
+    message = f"{bench.place / 'v.npy'}:5: its vector has zeros only; it would ruin every ranking"
+    for ids in (None, bench.place / "v.ids.txt"):
+        if ids is not None:
+            ids.write_text("".join(f"d{row}\n" for row in range(6)), "utf-8")
+        for sources in ([source], []):
+            with pytest.raises(GembError) as raised:
+                bench.run(*sources, vectors=bench.place / "v.npy", ids=ids)
+            assert str(raised.value) == message
 
 
 def test_ids_and_inputs_that_do_not_belong_to_the_vectors_are_refused(bench: Bench) -> None:

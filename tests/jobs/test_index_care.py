@@ -305,6 +305,15 @@ def test_an_upgraded_index_is_the_same_and_the_old_one_is_kept(tmp_path: Path) -
     assert care.upgrade(path).title == f"{path}: of the present format already; nothing has changed"
 
 
+def test_an_old_index_is_replaced_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = old_index(tmp_path / "old.gemb")
+    np.save(tmp_path / "v.npy", VECTORS[:3])
+    report = run_index(IndexRecipe(vectors=tmp_path / "v.npy", output=path), overwrite=True)
+    assert report.data["documents"] == 3
+    assert ids_of(path) == ["0", "1", "2"]
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith("old")] == ["old.gemb"]
+
+
 # --- info
 
 
