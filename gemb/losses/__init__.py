@@ -10,7 +10,7 @@ D width of the embeddings, E width of a teacher's, K Matryoshka sizes.
 """
 
 from gemb.losses.candidates import Direction, Guide, LeftOut, count_left_out
-from gemb.losses.contrastive import GECKO, GTE, QWEN3, contrastive, samtone
+from gemb.losses.in_batch import GECKO, GTE, QWEN3, contrastive, samtone
 from gemb.losses.matching import Distance, embedding_matching, score_matching
 from gemb.losses.scored import cosent, cosine_error
 from gemb.losses.spread import orthogonality, spread_out
