@@ -1,7 +1,12 @@
 """Writers killed, files altered, disks full: the attacks of benchmarks/index_faults.py, in small."""
 
+import multiprocessing
+import os
+import random
 import shutil
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -9,7 +14,8 @@ import usearch.index  # noqa: F401  # before a process forks, so that none spend
 
 from benchmarks.index_damage import KINDS, DamageTrial, answers
 from benchmarks.index_full_disk import run_sweep
-from benchmarks.index_kills import Trial, Versions
+from benchmarks.index_kills import Trial, Versions, compact, mark, planned, seen_state, sync
+from gemb.errors import GembError
 from gemb.store import Index, Writer
 from gemb.store.verify import verify
 
@@ -91,3 +97,56 @@ def test_an_index_answers_while_its_writer_is_stopped_for_good(tmp_path: Path) -
         writer.delete(["d1"])
         with Index.open(trial._path) as index:
             assert index.state.documents == writer.documents + 1
+
+
+def write_all_the_time(path: Path, log: Path, seed: int) -> None:
+    """One sync and compaction after the other; the marks of their states go to `log` beforehand."""
+    draw = random.Random(seed)
+    state: Versions = {}
+    while True:
+        plan = planned(state, draw)
+        with log.open("a") as file:
+            file.writelines(f"{mark(one)}\n" for one in plan)
+        sync(path, plan, lambda: None)
+        compact(path, plan[-1:], lambda: None)
+        state = plan[-1]
+
+
+def copy_slowly(source: Path, target: Path, draw: random.Random) -> None:
+    """A copy of what is there when its turn comes, in no order, as a backup makes it."""
+    target.mkdir()
+    names = os.listdir(source) if source.exists() else []
+    draw.shuffle(names)
+    for name in names:
+        time.sleep(draw.choice([0, 0, 0.01]))
+        if (source / name).is_dir():
+            copy_slowly(source / name, target / name, draw)
+        else:
+            with suppress(FileNotFoundError):
+                shutil.copyfile(source / name, target / name)
+
+
+def test_a_copy_made_while_a_writer_works_is_whole_or_refused(tmp_path: Path) -> None:
+    path, log, draw = tmp_path / "x.gemb", tmp_path / "log", random.Random(1)
+    sync(path, planned({}, draw)[:1] * 2, lambda: None)
+    log.write_text(f"{mark({})}\n")
+    process = multiprocessing.get_context("fork").Process(target=write_all_the_time, args=(path, log, 1))
+    process.start()
+    refused = 0
+    try:
+        for number in range(12):
+            copy = tmp_path / f"copy-{number}.gemb"
+            copy_slowly(path, copy, draw)
+            (copy / "writer.lock").unlink(missing_ok=True)
+            try:
+                with Index.open(copy) as index:
+                    assert mark(seen_state(index)) in log.read_text().split()
+                assert verify(copy).faults == []
+            except GembError:
+                refused += 1
+                with suppress(GembError):  # no index at all, as its database was not copied
+                    assert verify(copy).faults
+    finally:
+        process.kill()
+        process.join()
+    assert refused
