@@ -25,7 +25,7 @@ from gemb.errors import GembError, MismatchError, UnavailableError
 from gemb.store import catalogue as catalogues
 from gemb.store.blocks import MissingFileError
 from gemb.store.candidates import LiveSegment, Queries
-from gemb.store.catalogue import Catalogue, State, advice
+from gemb.store.catalogue import Catalogue, Settings, State, advice
 from gemb.store.conditions import Condition
 from gemb.store.documents import Document, Hit, Span
 from gemb.store.field_types import FieldType
@@ -287,7 +287,12 @@ class Index:
             for live in self._view.segments:
                 live.segment.refresh()
             return
-        self.settings = self._catalogue.settings()
+        settings = self._catalogue.settings()
+        if (settings.dims, _model_of(settings)) != (self.settings.dims, _model_of(self.settings)):
+            raise MismatchError(
+                f"{self.folder} was replaced by an index of another model; open it again, with that one"
+            )
+        self.settings = settings
         open_ones = {live.segment.record.name: live.segment for live in self._view.segments}
         segments = []
         opened: list[Segment] = []
@@ -571,6 +576,10 @@ def _vectors_of(
         if rows.size:
             found.append(live.segment.vectors(rows))
     return np.concatenate(found), counts
+
+
+def _model_of(settings: Settings) -> object:
+    return settings.encoder.get("fingerprint")
 
 
 def _to_width(array: NDArray[Any], width: int) -> NDArray[Any]:
