@@ -72,6 +72,7 @@ def run(recipe: TrainRecipe, on_progress: OnProgress = ignore, *, overwrite: boo
                 prepare(recipe, folder, ranks, quickstart.MATERIAL, watch.note, overwrite=overwrite)
             )
             session = Session(setup, watch)
+            stack.callback(session.close)
             session.open()
         is_done = session.train(interrupts.stop)
         if not is_done:

@@ -46,7 +46,7 @@ _STATE_BYTES = 12  # a parameter's gradient and two moments, fp32
 
 
 class Session:
-    """The training of a `Setup`; `open`, then `train`, then `finish`."""
+    """The training of a `Setup`; `open`, then `train`, then `finish`, and `close` however it ended."""
 
     def __init__(self, setup: Setup, watch: Watch) -> None:
         self.setup = setup
@@ -59,6 +59,10 @@ class Session:
         self._tokens_before = 0
         self._first_loss: float | None = None
         self._last_loss: float | None = None
+
+    def close(self) -> None:
+        """Close the metrics, and give the caller its random numbers back."""
+        self._opened.close()
 
     def open(self) -> None:
         """Put the parts together, go back to the last checkpoint, and measure what was not measured yet."""
@@ -130,7 +134,7 @@ class Session:
         """Choose the weights, measure them, and put the model folder in place; gives the report."""
         setup, training = self.setup, self.training
         training.progress.position = None
-        with self._opened, self._result_weights():
+        with self._result_weights():
             final = self._measure()
             verdicts = _verdicts(self.baseline, final)
             if final is not None:
