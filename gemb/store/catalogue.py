@@ -332,7 +332,7 @@ class Catalogue:
             if isinstance(error.__cause__, FileNotFoundError):
                 return 0
             raise
-        if not number.isdecimal() or crc != f"{checksum(int(number)):08x}\n":
+        if not number.isdecimal() or len(number) > 18 or crc != f"{checksum(int(number)):08x}\n":
             raise DamagedError(f"{place} is damaged: it tells no number of a commit; {advice(self.folder)}")
         return int(number)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gemb.errors import GembError, LockedError, MachineError, UnavailableError
+from gemb.errors import GembError, LockedError, MachineError, MismatchError, UnavailableError
 from gemb.files import Lock
 from gemb.store import Changes, Document, Index, Settings, Writer
 from gemb.store.blocks import DamagedError
@@ -314,6 +314,20 @@ def test_a_reader_goes_over_to_the_index_that_took_the_place_of_its_own(
         found = index.nearest(rows[107], 1)
         assert float(found.scores[0, 0]) > 0.999
         assert int(found.keys[0, 0]) == 8
+
+
+@pytest.mark.parametrize("other", [Settings(DIMS, encoder={"fingerprint": "y"}), Settings(8)])
+def test_a_reader_does_not_go_over_to_an_index_of_another_model(tmp_path: Path, other: Settings) -> None:
+    path = make(tmp_path / "x.gemb", vectors(5), Settings(DIMS, encoder={"fingerprint": "x"}))
+    new = make(tmp_path / "y.gemb", vectors(5, dims=other.dims), other)
+    with Index.open(path) as index:
+        path.rename(tmp_path / "old.gemb")
+        new.rename(path)
+        with pytest.raises(MismatchError) as error:
+            index.search(vectors(1))
+        assert str(error.value) == (
+            f"{path} was replaced by an index of another model; open it again, with that one"
+        )
 
 
 def test_a_reader_follows_a_rebuild(index: Path) -> None:
