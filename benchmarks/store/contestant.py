@@ -35,10 +35,28 @@ Options = Mapping[str, Any]
 """What else a command says; which of it an engine reads, its code shows."""
 
 
+class Rows:
+    """The first `count` rows[N, D] of a .npy file, read in blocks: mapped, they would count as memory."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        mapped = np.load(path, mmap_mode="r")
+        self.dims = int(mapped.shape[1])
+        self._path, self._count, self._offset = path, count, int(mapped.offset)
+
+    def __iter__(self) -> Iterator[tuple[int, Vectors]]:
+        """Yields the first row and the rows[n, D] of each block."""
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for start in range(0, self._count, BLOCK_ROWS):
+                count = min(BLOCK_ROWS, self._count - start)
+                block: Vectors = np.fromfile(file, "<f4", count * self.dims).reshape(count, self.dims)
+                yield start, block
+
+
 class Engine(Protocol):
     """What the commands do."""
 
-    def build(self, rows: Vectors, at: Path, options: Options) -> None:
+    def build(self, rows: Rows, at: Path, options: Options) -> None:
         """An index over rows[N, D] in the order of their numbers, on the disk at `at`."""
 
     def open(self, at: Path, options: Options) -> None:
@@ -51,12 +69,12 @@ class Engine(Protocol):
 class Gemb:
     """`gemb.store.Index.search`: ids, texts and metadata; default settings."""
 
-    def build(self, rows: Vectors, at: Path, options: Options) -> None:
+    def build(self, rows: Rows, at: Path, options: Options) -> None:
         """As `Engine` says."""
         from gemb.store import Document, Settings, Writer
 
-        with Writer.open(at, Settings(dims=rows.shape[1], code_dims=options.get("code_dims", 0))) as writer:
-            for start, block in _blocks(rows):
+        with Writer.open(at, Settings(dims=rows.dims, code_dims=options.get("code_dims", 0))) as writer:
+            for start, block in rows:
                 numbers = range(start, start + len(block))
                 documents = [
                     Document(str(row), TEXT.format(row=row), metadata={"part": row % 1000}) for row in numbers
@@ -98,14 +116,14 @@ class GembKeys(Gemb):
 class FaissHNSW:
     """faiss `IndexHNSWFlat`, float32, inner product."""
 
-    def build(self, rows: Vectors, at: Path, options: Options) -> None:
+    def build(self, rows: Rows, at: Path, options: Options) -> None:
         """As `Engine` says."""
         import faiss
 
         faiss.omp_set_num_threads(1)
-        index: Any = faiss.IndexHNSWFlat(rows.shape[1], options["links"], faiss.METRIC_INNER_PRODUCT)
+        index: Any = faiss.IndexHNSWFlat(rows.dims, options["links"], faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = options["expansion_add"]
-        for _, block in _blocks(rows):
+        for _, block in rows:
             index.add(block)
         faiss.write_index(index, str(at))
 
@@ -126,12 +144,12 @@ class FaissHNSW:
 class FaissFlat:
     """faiss `IndexFlatIP`: every row, float32."""
 
-    def build(self, rows: Vectors, at: Path, options: Options) -> None:
+    def build(self, rows: Rows, at: Path, options: Options) -> None:
         """As `Engine` says."""
         import faiss
 
-        index = faiss.IndexFlatIP(rows.shape[1])
-        for _, block in _blocks(rows):
+        index = faiss.IndexFlatIP(rows.dims)
+        for _, block in rows:
             index.add(block)
         faiss.write_index(index, str(at))
 
@@ -151,7 +169,7 @@ class FaissFlat:
 class Chroma:
     """Chroma's `PersistentClient`: HNSW float32; ids and texts."""
 
-    def build(self, rows: Vectors, at: Path, options: Options) -> None:
+    def build(self, rows: Rows, at: Path, options: Options) -> None:
         """As `Engine` says."""
         import chromadb
 
@@ -168,7 +186,7 @@ class Chroma:
             configuration={"hnsw": hnsw},
             embedding_function=None,
         )
-        for start, block in _blocks(rows):
+        for start, block in rows:
             numbers = range(start, start + len(block))
             collection.add(
                 ids=[str(row) for row in numbers],
@@ -196,18 +214,18 @@ class Chroma:
 class Lance:
     """LanceDB's embedded mode: IVF_HNSW_SQ with refining, its index nearest to this one; ids and texts."""
 
-    def build(self, rows: Vectors, at: Path, options: Options) -> None:
+    def build(self, rows: Rows, at: Path, options: Options) -> None:
         """As `Engine` says."""
         import lancedb
         import pyarrow as pa
 
-        dims = rows.shape[1]
+        dims = rows.dims
         schema = pa.schema(
             [("id", pa.string()), ("text", pa.string()), ("vector", pa.list_(pa.float32(), dims))]
         )
 
         def batches() -> Iterator[pa.RecordBatch]:
-            for start, block in _blocks(rows):
+            for start, block in rows:
                 numbers = range(start, start + len(block))
                 ids = pa.array([str(row) for row in numbers])
                 texts = pa.array([TEXT.format(row=row) for row in numbers])
@@ -244,11 +262,6 @@ ENGINES: dict[str, Callable[[], Engine]] = {
     "chroma": Chroma,
     "lancedb": Lance,
 }
-
-
-def _blocks(rows: Vectors) -> Iterator[tuple[int, Vectors]]:
-    for start in range(0, len(rows), BLOCK_ROWS):
-        yield start, np.ascontiguousarray(rows[start : start + BLOCK_ROWS])
 
 
 def memory() -> dict[str, int]:
@@ -291,7 +304,7 @@ def main() -> None:
                 np.save(save_at, np.concatenate(parts))
         elif do == "build":
             at, count = Path(command.pop("at")), command.pop("count")
-            rows = np.load(command.pop("rows"), mmap_mode="r")[:count]
+            rows = Rows(Path(command.pop("rows")), count)
             if at.is_dir():
                 shutil.rmtree(at)
             at.unlink(missing_ok=True)

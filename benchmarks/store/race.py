@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +20,17 @@ from benchmarks.models import REPOSITORY, cache_folder
 
 PEERS = ("chromadb==1.5.9", "lancedb==0.40.0")
 """In an environment of their own: what they pin is no business of gemb's."""
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of what takes part, "not installed" where it is missing."""
+    found = {}
+    for name in ("usearch", "numkong", "faiss-cpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found | {name: number for name, _, number in (peer.partition("==") for peer in PEERS)}
 
 
 class EngineFailed(RuntimeError):

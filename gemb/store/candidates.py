@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemb.store.codes import QueryCodes, encode_queries
+from gemb.store.graph import search_expansion
 from gemb.store.scan import LEFT_OUT, BestRows, PackedQueries, block_spans
 from gemb.store.segments import Segment, spread
 
@@ -146,7 +147,8 @@ class LiveSegment:
         """Up to `count` chosen rows[Q, count] by the graph, or by a scan where it finds too few."""
         segment = self.segment
         graph = segment.graph()
-        expansion = (segment.record.graph or {}).get("expansion_search", 0)
+        recorded = (segment.record.graph or {}).get("expansion_search", 0)
+        expansion = max(recorded, search_expansion(segment.rows))
         share = chosen.count / segment.rows
         fetched = min(segment.rows, int(count / share * 1.1) + 8) if share < 1 else min(count, segment.rows)
         enough = min(wanted, chosen.count)

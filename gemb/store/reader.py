@@ -32,6 +32,7 @@ from gemb.store.field_types import FieldType
 from gemb.store.fusion import fuse
 from gemb.store.segments import Segment, spread
 from gemb.vectors import bad_rows, cut
+from gemb.vectors.checks import is_safe, squared_norms
 
 FUSED_DEPTH = 100
 """How far down each of the two rankings a fused search looks."""
@@ -164,6 +165,8 @@ class Index:
             keys = self._keys_where(where)
             for start in range(0, len(queries), QUERIES_A_BLOCK):
                 parts.append(self._nearest(queries[start : start + QUERIES_A_BLOCK], k, keys, exact))
+        if len(parts) == 1:
+            return parts[0]
         if not parts:
             return Neighbours(
                 np.empty((0, k), np.uint64), np.empty((0, k), np.float32), np.empty((0, k), np.int64)
@@ -330,6 +333,12 @@ class Index:
                 f"{self.folder} holds {self.settings.dims}-wide vectors, but the query is "
                 f"{given.shape[-1]} wide; search with the model that made it"
             )
+        if given.dtype == np.float32:
+            given = np.ascontiguousarray(given)
+            squares = squared_norms(given)
+            if is_safe(squares).all():  # nearly always: what `cut` would make of them, without asking twice
+                rows: NDArray[np.float32] = given / np.sqrt(squares)[:, None]
+                return rows
         bad = bad_rows(given)
         if bad.size:
             raise GembError(f"the vector of query {int(bad[0])} is zeros only, or has NaN or infinity in it")
@@ -590,6 +599,8 @@ def _to_width(array: NDArray[Any], width: int) -> NDArray[Any]:
 
 
 def _padded(found: Neighbours, k: int) -> Neighbours:
+    if found.keys.shape[1] == k and found.keys.all():
+        return found
     keys, scores = _to_width(found.keys, k), _to_width(found.scores, k)
     scores[keys == 0] = -np.inf
     return Neighbours(keys, scores, _to_width(found.passages, k))
