@@ -4,6 +4,7 @@ Queries come as a text, from a file in batches, as ready vectors, or as a docume
 Q queries of a batch, D dims.
 """
 
+import os
 import shlex
 import sys
 import time
@@ -11,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Self, TextIO
 
@@ -99,8 +99,6 @@ class Search:
             self.indexes = [
                 opened.enter_context(open_stored(path, recipe.threads)) for path in recipe.indexes
             ]
-            if not recipe.lexical:
-                check_shared(self.indexes)
             self.check()
             self._encoder = QueryEncoder(
                 self.indexes[0],
@@ -119,6 +117,8 @@ class Search:
         """Returns if the recipe goes together and fits the indexes. Raises GembError if not."""
         _check(self.recipe)
         self._wanted(self.recipe)
+        if not self.recipe.lexical:
+            check_shared(self.indexes)
 
     def load(self) -> None:
         """Loads the model now, instead of for the first query."""
@@ -181,7 +181,7 @@ def split_words(words: Sequence[str], *, has_queries: bool) -> tuple[list[str], 
     *first, last = words or [""]
     if has_queries or not first or is_index(last):
         return [*words], None
-    loose = next((word for word in first[1:] if not Path(word).exists() and "." not in word), None)
+    loose = next((word for word in first[1:] if not os.path.exists(word) and "." not in word), None)
     if loose is not None and is_index(first[0]):
         query = shlex.quote(" ".join([*first[1:], last]))
         raise GembError(
@@ -190,9 +190,9 @@ def split_words(words: Sequence[str], *, has_queries: bool) -> tuple[list[str], 
     return first, last
 
 
-def is_index(path: Path | str) -> bool:
-    """Whether a folder looks like an index."""
-    return (Path(path) / DATABASE).is_file()
+def is_index(name: str) -> bool:
+    """Whether `name` is a folder that looks like an index; any text may be asked, a long query too."""
+    return os.path.isfile(os.path.join(name, DATABASE))
 
 
 def is_batch(recipe: SearchRecipe) -> bool:

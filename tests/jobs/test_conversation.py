@@ -108,6 +108,13 @@ def test_several_indexes_are_talked_to_as_one(films: Path, tmp_path: Path) -> No
     assert said[2] == "like looks for the neighbours of a document in its own index; name one index\n"
 
 
+def test_indexes_of_two_models_can_only_be_asked_by_words(films: Path, tmp_path: Path) -> None:
+    other = make_films(tmp_path / "other.gemb", FILMS[:1], fingerprint="0" * 64, model="other")
+    _, by_words, refused, again = talk(films, "whale", ":vector", "whale", others=(other,), lexical=True)
+    assert ids(by_words) == ids(again) == ["whale"]
+    assert "their scores cannot be compared" in refused
+
+
 def test_what_a_writer_adds_is_found_at_the_next_query(tmp_path: Path) -> None:
     from gemb.store import Writer
 

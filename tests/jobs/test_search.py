@@ -159,6 +159,8 @@ def test_words_that_follow_the_indexes_are_told_apart(films: Path, tmp_path: Pat
     assert str(caught.value) == (
         f"what is no index; a query of several words stands in quotes: gemb search {path} 'what is love?'"
     )
+    assert split_words([path, "long " * 5000], has_queries=False) == ([path], "long " * 5000)
+    assert split_words([path, "a\0b"], has_queries=False) == ([path], "a\0b")
     # A second index that is missing is told as such.
     assert split_words([path, "gone.gemb", "a query"], has_queries=False) == ([path, "gone.gemb"], "a query")
 

@@ -199,6 +199,19 @@ def test_what_a_writer_publishes_is_seen_by_the_next_search(tmp_path: Path) -> N
         assert index.search("a whale")[0].id == "whale"
 
 
+def test_an_index_that_is_replaced_by_one_of_another_model_is_not_asked_with_the_old_one(
+    tmp_path: Path,
+) -> None:
+    path = make_films(tmp_path / "films.gemb")
+    other = make_films(tmp_path / "other.gemb", FILMS[3:], fingerprint="0" * 64, model="other")
+    with open_(path) as index:
+        index.search(QUERY)
+        path.rename(tmp_path / "old.gemb")
+        other.rename(path)
+        with pytest.raises(MismatchError):
+            index.search(QUERY)
+
+
 def test_threads_may_search_together(index: Index) -> None:
     expected = index.search(QUERY)
     found: list[object] = []
