@@ -31,7 +31,7 @@ from gemb.engine.windows import Pace, Refusal, Rules, Window, Windows, compute, 
 from gemb.errors import GembError, Interrupted, MismatchError
 from gemb.files import Lock, check_writable
 from gemb.jobs.index_report import make_report
-from gemb.jobs.index_setup import Announce, Encoding, IndexSetup, OpenEngine
+from gemb.jobs.index_setup import Announce, Encoding, IndexSetup, OpenEngine, building_path
 from gemb.jobs.index_vectors import Rows, ready_rows
 from gemb.jobs.interrupts import Interrupts
 from gemb.jobs.running import FIRST_WINDOW_SECONDS, WINDOWS_AHEAD
@@ -109,8 +109,7 @@ class Run:
             check_writable(setup.output)
         if not setup.replaces:
             return self._write(setup.output)
-        # Not a temporary name: what a killed run left there is gone on with.
-        fresh = setup.output.with_name(f"{setup.output.name}.building")
+        fresh = building_path(setup.output)
         settle_missing(fresh, setup.output)
         lock = Lock(setup.output / LOCK, str(setup.output), setup.recipe.wait_lock, self._watch.note)
         with lock:

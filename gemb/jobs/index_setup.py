@@ -142,12 +142,18 @@ def prepare(recipe: IndexRecipe, *, overwrite: bool, announce: Announce) -> Inde
     vectors = None
     if recipe.vectors is not None:
         vectors = open_vectors(recipe.vectors, column=recipe.vector_field)
-    encoding, notes = None, []
+    encoding: Encoding | None = None
+    notes: list[str] = []
+    beside = building_path(output)
+    if not replaces and beside.exists():
+        notes.append(
+            f"{beside} is left of an --overwrite that was stopped: run it again to go on, or remove it"
+        )
     if vectors is not None:
         settings = _settings_of_vectors(recipe, output, vectors, have, announce)
     else:
         settings, encoding = _settings_of_model(recipe, output, have, announce)
-        notes = list(encoding.folder.notes)
+        notes += encoding.folder.notes
     setup = IndexSetup(
         recipe=recipe,
         output=output,
@@ -162,6 +168,11 @@ def prepare(recipe: IndexRecipe, *, overwrite: bool, announce: Announce) -> Inde
     )
     check_fields(inputs, setup.read_options)
     return setup
+
+
+def building_path(output: Path) -> Path:
+    """Where the index is made that takes the place of another one; a run that was stopped goes on there."""
+    return output.with_name(f"{output.name}.building")
 
 
 def present_settings(folder: Path) -> Settings | None:

@@ -633,7 +633,12 @@ def test_overwrite_replaces_the_index_when_the_new_one_is_whole(bench: Bench) ->
     report = bench.run(source, overwrite=True, model=other, limit_rows=6)
     assert report.exit_code == Exit.MORE
     assert content_of(bench.path) == old
-    assert (bench.place / "docs.gemb.building").is_dir()
+    left = bench.place / "docs.gemb.building"
+    assert left.is_dir()
+    assert bench.run(bench.write(rows_of(20))).data["notes"] == [
+        f"{left} is left of an --overwrite that was stopped: run it again to go on, or remove it"
+    ]
+    bench.write(rows_of(20)[5:])
     report = bench.run(source, overwrite=True, model=other)
     assert counts_of(report)[:3] == (9, 0, 6)
     assert len(content_of(bench.path)) == 15
