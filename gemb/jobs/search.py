@@ -313,7 +313,9 @@ def _queries_in_file(recipe: SearchRecipe, name: str) -> Iterator[Queries]:
         good: list[Record] = []
         for record in batch:
             if isinstance(record, Reject):
-                raise GembError(f"{record}; correct the queries")
+                is_unnamed = record.reason.startswith('no "')
+                advice = "name its field with --text-field" if is_unnamed else "correct the queries"
+                raise GembError(f"{record}; {advice}")
             good.append(record)
         yield Queries([record.text for record in good], [record.id for record in good])
 

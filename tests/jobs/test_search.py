@@ -291,7 +291,7 @@ def test_bad_rows_in_a_file_of_queries_are_told_with_their_lines(films: Path, tm
     assert refused(films, queries=str(path)) == f"{path}:2: empty text; correct the queries"
     path.write_text('{"id": "a", "question": "x"}\n', "utf-8")
     assert refused(films, queries=str(path)) == (
-        f'{path}:1: no "text"; this line has id, question; correct the queries'
+        f'{path}:1: no "text"; this line has id, question; name its field with --text-field'
     )
     assert len(ask(films, queries=str(path), text_field="question", k=1)[1]) == 1
 
