@@ -537,7 +537,12 @@ def _active(x: Tensor, name: str) -> Tensor:
 
 def _gelu_gate(x: Tensor) -> Tensor:
     """The sigmoid that gelu multiplies x with."""
-    return (x * x).mul_(_GELU_CUBIC).add_(_GELU_LINEAR).mul_(x).sigmoid_()
+    return _line_of_square(x, _GELU_CUBIC).mul_(x).sigmoid_()
+
+
+def _line_of_square(x: Tensor, slope: float) -> Tensor:
+    """What gelu's polynomial has besides x: its linear coefficient + slope * x^2, in one pass."""
+    return torch.addcmul(torch.tensor(_GELU_LINEAR, dtype=x.dtype), x, x, value=slope)
 
 
 def _active_and_slope(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -546,7 +551,7 @@ def _active_and_slope(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
         gate = _gelu_gate(x)
         active = gate * x
         # d/dx x s(u(x)) = s + x s (1 - s) u'
-        slope = (x * x).mul_(3 * _GELU_CUBIC).add_(_GELU_LINEAR).mul_(active)
+        slope = _line_of_square(x, 3 * _GELU_CUBIC).mul_(active)
         return active, torch.addcmul(gate, slope, 1 - gate)
     if name == "silu" and x.dtype in _WIDE:
         gate = torch.sigmoid(x)
@@ -638,7 +643,8 @@ class _PackedAttention(torch.autograd.Function):
         values = heads[:, len(gains) :]
         grad = grad.view_as(mixed)
         grad_heads = torch.empty_like(heads)
-        into = torch.split(grad_heads, [settings.heads, settings.shared, settings.shared], dim=1)
+        grad_queries, grad_keys = torch.empty_like(queries), torch.empty_like(keys)
+        into = (grad_queries, grad_keys, grad_heads[:, len(gains) :])
         if raw.is_cuda:
             run = _differentiable(lambda q, k, v: attend(q, k, v, layout, settings.reach, settings.softcap))
             for place, one in zip(into, run(grad.flatten(1), queries, keys, values), strict=True):
@@ -655,15 +661,19 @@ class _PackedAttention(torch.autograd.Function):
         grad_gains = None if factors is None else torch.zeros_like(gains)
         turned_back = None if turns is None else turns.conj().resolve_conj()
         for rows in _pieces(len(raw), raw.device):
-            inner = _wide(grad_heads[rows, : len(gains)])
-            if turned_back is not None:
-                inner = turn(inner, turned_back[rows])
+            unturned = gains.new_empty(len(raw[rows]), len(gains), settings.channels)
+            everything = slice(None)
+            here = None if turned_back is None else turned_back[rows]
+            _turn(_wide(grad_queries[rows]), here, everything, unturned[:, : settings.heads])
+            _turn(_wide(grad_keys[rows]), here, everything, unturned[:, settings.heads :])
             if grad_gains is None or settings.norm is None:
-                grad_heads[rows, : len(gains)] = inner * gains
+                grad_heads[rows, : len(gains)] = unturned.mul_(gains)
                 continue
             unit = settings.norm.unit(_wide(heads[rows, : len(gains)]), factors[rows])
-            grad_gains += (inner * unit).sum(0)
-            grad_heads[rows, : len(gains)] = settings.norm.backward_(inner * gains, unit, factors[rows])
+            grad_gains += (unturned * unit).sum(0)
+            grad_heads[rows, : len(gains)] = settings.norm.backward_(
+                unturned.mul_(gains), unit, factors[rows]
+            )
         grad_query = grad_key = None
         if grad_gains is not None:
             undo = slice(None) if turns is None else torch.argsort(_pair_order(settings.channels, raw.device))
@@ -709,16 +719,31 @@ def _queries_and_keys(
     heads: Tensor, factors: Tensor | None, gains: Tensor, settings: AttentionSettings, turns: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Queries[T, H, C] and keys[T, G, C] of raw heads[T, H + 2G, C]: normed, scaled and turned."""
-    made = heads.new_empty(len(heads), len(gains), settings.channels)
+    queries, keys = (
+        heads.new_empty(len(heads), count, settings.channels) for count in (settings.heads, settings.shared)
+    )
     for rows in _pieces(len(heads), heads.device):
         x = _wide(heads[rows, : len(gains)])
         if factors is not None and settings.norm is not None:
             x = settings.norm.unit(x, factors[rows]).mul_(gains)
         else:
             x = x * gains
-        made[rows] = x if turns is None else turn(x, turns[rows])
-    queries, keys = torch.split(made, [settings.heads, settings.shared], dim=1)
+        _turn(x[:, : settings.heads], turns, rows, queries)
+        _turn(x[:, settings.heads :], turns, rows, keys)
     return queries, keys
+
+
+def _turn(x: Tensor, turns: Tensor | None, rows: slice, out: Tensor) -> None:
+    """Write heads x, turned, to some rows of `out`."""
+    if turns is None or out.dtype != x.dtype:
+        out[rows] = x if turns is None else turn(x, turns[rows])
+    else:
+        torch.mul(_pairs(x), turns[rows], out=_pairs(out[rows]))
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """Neighbouring channels as complex numbers, a view."""
+    return torch.view_as_complex(torch.unflatten(x, -1, (-1, 2)))
 
 
 def _texts(x: Tensor, group: Group) -> Tensor:
