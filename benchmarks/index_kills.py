@@ -222,7 +222,7 @@ class Killed:
         return {
             "kills": dict(self.kills),
             "runs_done_before_their_kill": dict(self.early),
-            "state_after_a_kill": dict(self.states_after),
+            "state_after_each_run": dict(self.states_after),
             "searches_of_readers": self.looks,
             "states_seen_by_readers": self.states_seen,
             "failures": self.failures,
