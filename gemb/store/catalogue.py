@@ -65,6 +65,8 @@ REST_SECONDS = 0.3
 """How long a writer that is done tries to leave one file; readers that stay connected keep it from that."""
 KEYS_A_QUERY = 500  # below SQLite's classical limit of 999 parameters
 CACHE_KIB = 32_768
+SQLITE_FAILURES = (sqlite3.Error, UnicodeDecodeError)
+"""What a statement raises: Python reads SQLite's messages as UTF-8, and a damaged name may stand in one."""
 _SCHEMA = """
 CREATE TABLE manifest (name TEXT PRIMARY KEY, value TEXT NOT NULL, checksum INTEGER NOT NULL);
 CREATE TABLE segments (
@@ -293,7 +295,7 @@ class Catalogue:
 
     def close(self) -> None:
         """Lets go of the file."""
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(*SQLITE_FAILURES):
             self._connection.close()
         if self._reading is not None:
             self._reading.remove_copy()
@@ -301,13 +303,13 @@ class Catalogue:
     def close_writing(self) -> None:
         """Closes after writing and leaves one whole file; its `-wal` stays where a reader is in the way."""
         deadline = time.monotonic() + REST_SECONDS
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(*SQLITE_FAILURES):
             self._connection.execute("PRAGMA busy_timeout = 200")
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         while True:
             try:
                 mode = self._connection.execute("PRAGMA journal_mode = DELETE").fetchone()[0]
-            except sqlite3.Error:
+            except SQLITE_FAILURES:
                 mode = "wal"
             if mode == "delete" or time.monotonic() > deadline:
                 break
@@ -462,7 +464,7 @@ class Catalogue:
 
     def roll_back(self) -> None:
         """Takes back what was not committed."""
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(*SQLITE_FAILURES):
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
 
@@ -474,30 +476,30 @@ class Catalogue:
     def _execute(self, statement: str, parameters: Sequence[Any] = ()) -> sqlite3.Cursor:
         try:
             return self._connection.execute(statement, parameters)
-        except sqlite3.Error as error:
+        except SQLITE_FAILURES as error:
             self._explain(error)
 
     def _rows(self, statement: str, parameters: Sequence[Any] = ()) -> Iterator[Any]:
         """The answer's rows; an error on the way is explained as well."""
         try:
             yield from self._connection.execute(statement, parameters)
-        except sqlite3.Error as error:
+        except SQLITE_FAILURES as error:
             self._explain(error)
 
     def _many(self, statement: str, parameters: Iterable[Sequence[Any]]) -> None:
         try:
             self._connection.executemany(statement, parameters)
-        except sqlite3.Error as error:
+        except SQLITE_FAILURES as error:
             self._explain(error)
 
     def _one(self, statement: str, parameters: Sequence[Any] = ()) -> Any:  # noqa: ANN401  # as in sqlite3
         try:
             row = self._connection.execute(statement, parameters).fetchone()
-        except sqlite3.Error as error:
+        except SQLITE_FAILURES as error:
             self._explain(error)
         return None if row is None else row[0]
 
-    def _explain(self, error: sqlite3.Error) -> NoReturn:
+    def _explain(self, error: sqlite3.Error | UnicodeDecodeError) -> NoReturn:
         """Raises what a failed statement means to a user."""
         try:
             _explain(error, self.folder)
@@ -815,7 +817,7 @@ class Catalogue:
         try:
             with self.transaction():
                 self._connection.execute("INSERT INTO words (words, rank) VALUES ('integrity-check', 1)")
-        except sqlite3.Error as error:
+        except SQLITE_FAILURES as error:
             return str(error)
         return None
 
@@ -884,7 +886,7 @@ class _Reading:
         connection = _connect(path, "ro")
         try:
             connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        except sqlite3.Error as error:
+        except SQLITE_FAILURES as error:
             connection.close()
             _explain(error, path.parent)
         return cls(connection, stamp[:2], is_static=False)
@@ -901,7 +903,7 @@ class _Reading:
         try:
             connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
             cls._open_in_place(path, ()).connection.close()
-        except (sqlite3.Error, GembError):
+        except (*SQLITE_FAILURES, GembError):
             return False
         finally:
             connection.close()
@@ -920,7 +922,7 @@ class _Reading:
             connection = _connect(copy / DATABASE, "rw") if copy else _connect(path, "ro", "&immutable=1")
             try:
                 connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-            except sqlite3.Error as error:
+            except SQLITE_FAILURES as error:
                 connection.close()
                 _explain(error, path.parent)
         except BaseException as error:
@@ -1035,7 +1037,7 @@ def _connect(path: Path, mode: str, extra: str = "") -> sqlite3.Connection:
         )
         connection.execute("PRAGMA trusted_schema = OFF")
         connection.execute("PRAGMA cell_size_check = ON")
-    except sqlite3.Error as error:
+    except SQLITE_FAILURES as error:
         _explain(error, path.parent)
     return connection
 
@@ -1066,7 +1068,7 @@ def _journals(path: Path) -> list[Path]:
     return [path.with_name(f"{path.name}-{kind}") for kind in ("wal", "journal")]
 
 
-def _explain(error: sqlite3.Error, folder: Path) -> NoReturn:
+def _explain(error: sqlite3.Error | UnicodeDecodeError, folder: Path) -> NoReturn:
     """Raises what a failed statement means to a user."""
     if isinstance(error, sqlite3.ProgrammingError):
         raise error  # our bug
@@ -1095,7 +1097,8 @@ def _explain(error: sqlite3.Error, folder: Path) -> NoReturn:
             raise DamagedError(
                 f"{path} is no SQLite database, or its first page is damaged; {advice(folder)}"
             ) from error
-    raise DamagedError(f"{path} is damaged: {str(error).lower()}; {advice(folder)}") from error
+    what = "a name in it is no UTF-8" if isinstance(error, UnicodeDecodeError) else str(error).lower()
+    raise DamagedError(f"{path} is damaged: {what}; {advice(folder)}") from error
 
 
 def _explain_write(path: Path, error: Exception) -> None:

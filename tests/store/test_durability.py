@@ -239,6 +239,20 @@ def test_another_declaration_is_a_fault(index: Path, statement: str, what: str) 
     assert what in [fault.what for fault in verify(index).faults]
 
 
+def test_a_name_in_the_schema_that_is_no_text_any_more_is_damage_and_no_crash(index: Path) -> None:
+    """SQLite puts the name into its message, which Python then cannot read."""
+    content = (index / "index.db").read_bytes()
+    (index / "index.db").write_bytes(
+        content.replace(b"sqlite_autoindex_manifest", b"sqlite_auto\xd3ndex_manifest")
+    )
+    message = f"{index}/index.db is damaged: a name in it is no UTF-8; "
+    for opened in (Index.open, Writer.open):
+        with pytest.raises(DamagedError) as error:
+            opened(index)
+        assert str(error.value).startswith(message)
+    assert verify(index).faults[0].what.startswith(message)
+
+
 def test_a_changed_mark_of_the_journal_mode_is_a_fault(index: Path) -> None:
     content = bytearray((index / "index.db").read_bytes())
     content[18] ^= 8
