@@ -44,6 +44,9 @@ def train(
     overwrite: OverwriteOption = False,
     set_: SetOption = None,
     dry_run: DryRunOption = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Show what is in the data - repeats, lengths, leaks - and stop.")
+    ] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = 0,
@@ -72,6 +75,9 @@ def train(
     wanted = recipes.load(recipe, TrainRecipe, [*(changes or ()), *(set_ or ())], given)
     if dry_run:
         show(job.plan(wanted), json=json, product=True)
+        return
+    if check:
+        show(job.check(wanted), json=json, product=True)
         return
     with progress(quiet=quiet, json=json, verbose=verbose) as on_progress:
         report = job.run(wanted, on_progress, overwrite=overwrite)

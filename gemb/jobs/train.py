@@ -20,7 +20,7 @@ from gemb.training.recipe import TrainRecipe
 from gemb.training.run_folder import RunFolder
 from gemb.training.watch import Watch
 
-__all__ = ["TrainRecipe", "plan", "run"]
+__all__ = ["TrainRecipe", "check", "plan", "run"]
 
 _NOTHING = "interrupted before the first step; nothing is lost"
 
@@ -34,6 +34,16 @@ def plan(recipe: TrainRecipe) -> Plan:
     from gemb.training.planning import make_plan
 
     return make_plan(recipe, quickstart.MATERIAL)
+
+
+def check(recipe: TrainRecipe) -> Report:
+    """What is in the data, for --check: repeats, rows of evaluation sets, lengths, what is cut, examples.
+
+    Raises GembError as `run` does before its first step.
+    """
+    from gemb.training.planning import check_data
+
+    return check_data(recipe, quickstart.MATERIAL)
 
 
 def run(recipe: TrainRecipe, on_progress: OnProgress = ignore, *, overwrite: bool = False) -> Report:

@@ -12,6 +12,7 @@ from gemb.files import atomic_write, read_json, write_json
 from gemb.recipe import resolved
 from gemb.training.data_recipe import PromptText
 from gemb.training.recipe import TrainRecipe
+from gemb.training.record import not_compared
 
 _DECLARATIONS = "config_sentence_transformers.json"
 
@@ -96,13 +97,15 @@ def _usage(folder: Path, record: Mapping[str, Any]) -> str:
 
 
 def _scores(record: Mapping[str, Any]) -> str:
-    if not record["verdicts"]:
+    others = not_compared(record)
+    if not record["verdicts"] and not others:
         return "## Scores\n\nNothing was evaluated."
     rows = [
         f"| {one['metric']} | {one['before']:.4f} | {one['after']:.4f} | "
         f"{one['low']:+.4f} to {one['high']:+.4f} | {one['word']} |"
         for one in record["verdicts"]
     ]
+    rows += [f"| {name} | {before:.4f} | {after:.4f} | | |" for name, before, after in others]
     head = "| measure | before | after | 95 % of the difference | verdict |\n| --- | --- | --- | --- | --- |"
     return "\n".join(["## Scores", "", head, *rows])
 

@@ -6,7 +6,7 @@ Q queries, C candidates (the distinct positives), D model width, R rows (texts).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -36,13 +36,20 @@ class Measured:
     """What one evaluation found."""
 
     scores: Mapping[str, NDArray[np.float64]]
-    """By measure (`docstrings/ndcg@10`), the value of each query, always in the same order."""
+    """By measure (`docstrings/nDCG@10`), the value of each query, always in the same order."""
     histograms: Mapping[str, NDArray[np.int64]]
     """By name (`docstrings/positive`), how many cosines fall into each of 50 bins from -1 to 1."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """Measures that are no means over queries, such as a rank correlation."""
 
     def means(self) -> dict[str, float]:
         """The mean of each measure."""
-        return {name: float(values.mean()) for name, values in self.scores.items()}
+        return {**{name: float(values.mean()) for name, values in self.scores.items()}, **self.numbers}
+
+    def main(self) -> float:
+        """The mean of all measures at full width, by which checkpoints are compared."""
+        means = [value for name, value in self.means().items() if is_full_size(name)]
+        return sum(means) / len(means)
 
 
 class Evaluation(Protocol):
@@ -117,7 +124,7 @@ class HeldOutPairs:
         histograms: dict[str, NDArray[np.int64]] = {}
         for size in self._sizes:
             gains, right, wrong = self._ranked(unit(queries, size), unit(candidates, size))
-            scores[f"{self.name}/ndcg@{RANKS}" + ("" if size == self._sizes[0] else f"@{size}")] = gains
+            scores[measure_name(f"{self.name}/nDCG@{RANKS}", size, self._sizes[0])] = gains
             if size == self._sizes[0]:
                 for name, cosines in (("positive", right), ("best other", wrong)):
                     counts, _ = np.histogram(np.clip(cosines, -1, 1), bins=BINS, range=(-1, 1))
@@ -148,6 +155,16 @@ class HeldOutPairs:
         return gains, right, wrong
 
 
+def measure_name(name: str, size: int, full: int) -> str:
+    """`docstrings/nDCG@10`, or `docstrings/nDCG@10/64` at a smaller size."""
+    return name if size == full else f"{name}/{size}"
+
+
+def is_full_size(name: str) -> bool:
+    """Whether a measure is one at full width."""
+    return not name.rpartition("/")[2].isdecimal()
+
+
 class Evaluations:
     """Several evaluations as one."""
 
@@ -160,6 +177,7 @@ class Evaluations:
         return Measured(
             {name: values for one in found for name, values in one.scores.items()},
             {name: values for one in found for name, values in one.histograms.items()},
+            {name: value for one in found for name, value in one.numbers.items()},
         )
 
 

@@ -3,7 +3,7 @@
 A resumed run cuts the file where its checkpoint was written, so that no step stands in it twice.
 
     {"step": 12, "dataset": "docstrings", "loss": 2.31, "loss/contrastive": 2.31, "learning_rate": 2e-05, ...}
-    {"step": 500, "eval/docstrings/ndcg@10": 0.61}
+    {"step": 500, "eval/docstrings/nDCG@10": 0.61}
 """
 
 from __future__ import annotations

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gemb.errors import GembError
 from gemb.files import free_bytes, readable_bytes
-from gemb.report import Plan, Table, counted
+from gemb.report import Plan, Report, Table, counted
 from gemb.report.progress import duration
+from gemb.training.check import check
+from gemb.training.data_recipe import DataSet, RolePrompts
 from gemb.training.gradients import batch_gradients
 from gemb.training.loop import total_parameters
 from gemb.training.ranks import Ranks
@@ -27,11 +31,33 @@ def make_plan(recipe: TrainRecipe, material: Material) -> Plan:
     """
     if recipe.output is None:
         raise GembError("no output given; pass -o runs/first")
+    with _prepared(recipe, material) as setup:
+        return _planned(setup, recipe.output)
+
+
+def check_data(recipe: TrainRecipe, material: Material) -> Report:
+    """What is in the data of a recipe, and how much of it stands in its evaluation sets, too.
+
+    Raises GembError as a run does before its first step.
+    """
+    with _prepared(recipe, material) as setup:
+        folders = tuple(
+            DataSet(path=path, prompts=RolePrompts(query="none", passage="none"), split="test")
+            for path in recipe.evaluation.sets
+            if Path(path).is_dir()
+        )
+        found = check(setup.mixture, cache=setup.folder.data, evaluation=(*setup.held_out, *folders))
+        return found.report()
+
+
+@contextmanager
+def _prepared(recipe: TrainRecipe, material: Material) -> Iterator[Setup]:
+    """The setup of a recipe in a folder that goes away."""
     with tempfile.TemporaryDirectory(prefix="gemb-plan-") as temporary:
         folder = RunFolder(Path(temporary) / "plan")
         folder.make(overwrite=False)
         with prepare(recipe, folder, Ranks(), material, lambda line: None, dry=True) as setup:
-            return _planned(setup, recipe.output)
+            yield setup
 
 
 def _planned(setup: Setup, output: Path) -> Plan:

@@ -24,6 +24,7 @@ def record_of(
     setup: Setup,
     progress: Progress,
     verdicts: Sequence[Verdict],
+    means: Mapping[str, Mapping[str, float]],
     losses: tuple[float | None, float | None],
     seconds: float,
 ) -> dict[str, Any]:
@@ -53,6 +54,7 @@ def record_of(
         "verdict": _word(verdicts),
         "verdict_line": str(verdicts[0]) if verdicts else None,
         "verdicts": [asdict(one) for one in verdicts],
+        "measures": means,
         "notes": setup.notes,
     }
 
@@ -72,7 +74,8 @@ def make_report(setup: Setup, record: Mapping[str, Any]) -> Report:
         rows.append(("loss", f"{record['first_loss']:.4f} -> {record['last_loss']:.4f} in this run"))
     if record["bad_steps"]:
         rows.append(("left out", f"{record['bad_steps']:,} steps whose loss or gradient was not finite"))
-    rows += [("verdict", line) for line in [record["verdict_line"]] if line]
+    rows += [("verdict", str(one)) for one in shown_verdicts(record)]
+    rows += [(name, f"{before:.3f} -> {after:.3f}") for name, before, after in not_compared(record)]
     rows.append(("pictures", str(setup.folder.output / "run" / "report.html")))
     rows += [("note", note) for note in record["notes"]]
     return Report(
@@ -81,6 +84,21 @@ def make_report(setup: Setup, record: Mapping[str, Any]) -> Report:
         data=record,
         outputs=[setup.folder.output],
     )
+
+
+def shown_verdicts(record: Mapping[str, Any]) -> list[Verdict]:
+    """The verdicts of a record at full width."""
+    from gemb.training.held_out import is_full_size
+    from gemb.training.verdict import Verdict
+
+    return [Verdict(**one) for one in record["verdicts"] if is_full_size(one["metric"])]
+
+
+def not_compared(record: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """(measure, before, after) of those that have no verdict, such as rank correlations."""
+    judged = {one["metric"] for one in record["verdicts"]}
+    before, after = (record["measures"].get(when, {}) for when in ("before", "after"))
+    return [(name, before[name], after[name]) for name in after if name not in judged and name in before]
 
 
 def already_done(recipe: TrainRecipe, folder: RunFolder) -> Report:
@@ -102,7 +120,9 @@ def already_done(recipe: TrainRecipe, folder: RunFolder) -> Report:
 
 def _word(verdicts: Sequence[Verdict]) -> str | None:
     """The worst word of all data sets at full width, so that a gate misses nothing."""
-    words = [one.word for one in verdicts if one.metric.count("@") == 1]
+    from gemb.training.held_out import is_full_size
+
+    words = [one.word for one in verdicts if is_full_size(one.metric)]
     return next((word for word in ("REGRESSION", "TIE", "WIN") if word in words), None)
 
 

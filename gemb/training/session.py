@@ -27,6 +27,7 @@ from gemb.training.optimizers import MovingAverage, clip_gradients, make_optimiz
 from gemb.training.random_numbers import seeded
 from gemb.training.record import make_report, record_of
 from gemb.training.schedules import schedule
+from gemb.training.setup import evaluated
 from gemb.training.terms import Loss
 from gemb.training.verdict import Verdict, compare
 
@@ -107,7 +108,7 @@ class Session:
             average=self.average,
             device=setup.device.name,
             ranks=setup.ranks,
-            evaluate_every=recipe.evaluation.every if recipe.evaluation.pairs else None,
+            evaluate_every=recipe.evaluation.every if evaluated(recipe) else None,
             checkpoint_every=self._checkpoint_every(),
             hooks=Hooks(
                 on_step=self._on_step,
@@ -145,7 +146,12 @@ class Session:
                 return Report(title="trained")
             self._draw(verdicts)
             losses = (self._first_loss, self._last_loss)
-            record = record_of(setup, training.progress, verdicts, losses, seconds)
+            means = {
+                when: one.means()
+                for when, one in (("before", self.baseline), ("after", final))
+                if one is not None
+            }
+            record = record_of(setup, training.progress, verdicts, means, losses, seconds)
             setup.folder.finish(
                 lambda target: self._save(target, record),
                 record,
@@ -216,7 +222,7 @@ class Session:
         score = float("-inf")
         if measured is not None:
             self._log(measured)
-            score = _main_score(measured)
+            score = measured.main()
         return self.setup.ranks.first(score)
 
     def _measure(self) -> Measured | None:
@@ -301,28 +307,23 @@ def trained_parameters(encoder: TrainableEncoder, patterns: Iterable[str]) -> li
     return trained
 
 
-def _main_score(measured: Measured) -> float:
-    """The mean over the measures at full width."""
-    means = [value for name, value in measured.means().items() if name.count("@") == 1]
-    return sum(means) / len(means)
-
-
 def _verdicts(before: Measured | None, after: Measured | None) -> list[Verdict]:
     if before is None or after is None:
         return []
     return [compare(name, before.scores[name], values) for name, values in after.scores.items()]
 
 
-def _as_json(measured: Measured) -> dict[str, dict[str, list[float]]]:
+def _as_json(measured: Measured) -> dict[str, Any]:
     return {
+        "numbers": dict(measured.numbers),
         "scores": {name: values.tolist() for name, values in measured.scores.items()},
         "histograms": {name: counts.tolist() for name, counts in measured.histograms.items()},
     }
 
 
-def _from_json(values: Mapping[str, Mapping[str, list[float]]]) -> Measured:
+def _from_json(values: Mapping[str, Any]) -> Measured:
     scores: dict[str, NDArray[np.float64]] = {
         name: np.array(one, np.float64) for name, one in values["scores"].items()
     }
     counts = {name: np.array(one, np.int64) for name, one in values["histograms"].items()}
-    return Measured(scores, counts)
+    return Measured(scores, counts, values["numbers"])

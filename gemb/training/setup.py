@@ -22,7 +22,7 @@ from gemb.recipe import resolved
 from gemb.text.prompts import Prompts
 from gemb.text.tokenisation import Tokeniser
 from gemb.training.data_recipe import DataSet
-from gemb.training.held_out import Evaluations, HeldOutPairs
+from gemb.training.held_out import Evaluation, Evaluations, HeldOutPairs
 from gemb.training.loop import Length
 from gemb.training.mixture import Mixture
 from gemb.training.ranks import Ranks
@@ -75,6 +75,8 @@ class Setup:
     length: Length
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
+    held_out: tuple[DataSet, ...]
+    """Those of evaluation.pairs, likewise."""
     evaluation: Evaluations | None
     request: Mapping[str, Any]
     notes: list[str] = field(default_factory=list)
@@ -103,10 +105,10 @@ def prepare(
     """
     if not recipe.data:
         raise GembError("no data given; a recipe needs data, such as - {path: pairs.jsonl, prompts: none}")
-    if recipe.checkpoint.result == "best" and not _evaluates(recipe):
-        raise GembError("checkpoint.result is best, but nothing is evaluated; give evaluation.pairs")
-    if recipe.evaluation.sets:
-        raise GembError("evaluation.sets is not known yet; give held-out pairs as evaluation.pairs")
+    if recipe.checkpoint.result == "best" and not evaluated(recipe):
+        raise GembError(
+            "checkpoint.result is best, but nothing is evaluated; give evaluation.pairs or evaluation.sets"
+        )
     device = _device(recipe)
     data, held_out = _with_material(recipe, folder, ranks, material)
     model_path, model_name = _model(recipe, data, folder, ranks, material, notice)
@@ -162,6 +164,7 @@ def prepare(
             length=_length(recipe, mixture),
             sizes=sizes,
             weights=weights,
+            held_out=held_out,
             evaluation=_evaluation(recipe, held_out, model, folder, prompts, sizes, ranks),
             request=request,
             notes=notes,
@@ -171,7 +174,8 @@ def prepare(
 _WITHOUT_NEGATIVES = frozenset({"matching", "similarity", "cosine_error"})
 
 
-def _evaluates(recipe: TrainRecipe) -> bool:
+def evaluated(recipe: TrainRecipe) -> bool:
+    """Whether a recipe has anything measured."""
     return bool(recipe.evaluation.pairs or recipe.evaluation.sets)
 
 
@@ -298,14 +302,27 @@ def _evaluation(
     ranks: Ranks,
 ) -> Evaluations | None:
     """The evaluations of a recipe, on the first rank; None where there are none."""
-    if not held_out or not ranks.is_first:
+    if not evaluated(recipe) or not ranks.is_first:
         return None
     # The mixture has its tokeniser for itself.
     tokeniser = load_tokeniser(model, _max_tokens(recipe, model))
     limit = recipe.evaluation.limit
-    return Evaluations([
+    parts: list[Evaluation] = [
         HeldOutPairs.open(
             one, tokeniser=tokeniser, prompts=prompts, cache=folder.data, limit=limit, sizes=sizes
         )
         for one in held_out
-    ])  # fmt: skip
+    ]
+    if recipe.evaluation.sets:
+        from gemb.training.evaluated_sets import EvaluatedSets
+
+        sets = EvaluatedSets(
+            recipe.evaluation.sets,
+            tokeniser=tokeniser,
+            prompts=prompts,
+            leave_out_prompts=not model.pooling.include_prompt,
+            sizes=sizes,
+            seed=recipe.seed,
+        )
+        parts.append(sets)
+    return Evaluations(parts)

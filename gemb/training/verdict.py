@@ -25,7 +25,7 @@ class Verdict:
     queries: int
 
     def __str__(self) -> str:
-        """`WIN docstrings ndcg@10 0.412 -> 0.581 (+0.152 to +0.185, 500 queries)`."""
+        """`WIN docstrings nDCG@10 0.412 -> 0.581 (+0.152 to +0.185, 500 queries)`."""
         return (
             f"{self.word} {self.metric} {self.before:.3f} -> {self.after:.3f} "
             f"({self.low:+.3f} to {self.high:+.3f}, {self.queries:,} queries)"

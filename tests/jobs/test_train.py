@@ -119,7 +119,7 @@ def test_the_folder_holds_card_record_metrics_and_pictures(whole: tuple[Report, 
     report, output = whole
     card = (output / "README.md").read_text("utf-8")
     assert card.startswith("---\nlibrary_name: sentence-transformers\n")
-    for part in ("SentenceTransformer(", "held-out/ndcg@10", "learning_rate: 0.003", "32 dims", "w7 w8 w9"):
+    for part in ("SentenceTransformer(", "held-out/nDCG@10", "learning_rate: 0.003", "32 dims", "w7 w8 w9"):
         assert part in card
     record = json.loads((output / "gemb.json").read_text("utf-8"))
     assert record["recipe"]["optimizer.learning_rate"] == 0.003
@@ -307,7 +307,7 @@ def test_the_best_checkpoint_may_become_the_model(place: Path, tmp_path: Path) -
 
 
 def test_a_model_that_became_worse_fails_the_gate_if_wished(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(GateError, match="but the model became worse: REGRESSION held-out/ndcg@10") as error:
+    with pytest.raises(GateError, match="but the model became worse: REGRESSION held-out/nDCG@10") as error:
         trained(place, tmp_path / "out", "optimizer.learning_rate=0.5", "fail_on_regression=true", "ema=null")
     assert error.value.exit_code == Exit.GATE
     assert (tmp_path / "out/model.safetensors").is_file()
@@ -328,7 +328,7 @@ def test_a_model_that_became_worse_fails_the_gate_if_wished(place: Path, tmp_pat
          "data set pairs holds pairs, but no term of losses (similarity) is for them; "
          "add - name: contrastive"),
         (["evaluation.pairs=[]", "checkpoint.result=best"], GembError,
-         "checkpoint.result is best, but nothing is evaluated; give evaluation.pairs"),
+         "checkpoint.result is best, but nothing is evaluated; give evaluation.pairs or evaluation.sets"),
         (["data=[]"], GembError,
          "no data given; a recipe needs data, such as - {path: pairs.jsonl, prompts: none}"),
         (["data.0.path=absent.jsonl"], GembError, "absent.jsonl: no such file or folder"),
@@ -383,3 +383,64 @@ def test_events_tell_the_loss_and_notes_the_negatives(place: Path, tmp_path: Pat
     assert "each query has 7 in-batch negatives and up to 1 hard negatives of its own" in [
         event.note for event in events
     ]
+
+
+def write_beir(folder: Path) -> Path:
+    """Six documents, each the answer of one query."""
+    (folder / "qrels").mkdir(parents=True)
+    texts = [" ".join(f"w{word}" for word in range(start, start + 6)) for start in range(10, 70, 10)]
+    documents = [{"_id": f"d{number}", "title": "", "text": text} for number, text in enumerate(texts)]
+    queries = [{"_id": f"q{number}", "text": text[:11]} for number, text in enumerate(texts)]
+    for name, rows in (("corpus", documents), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    lines = ["query-id\tcorpus-id\tscore", *(f"q{number}\td{number}\t1" for number in range(6))]
+    (folder / "qrels/test.tsv").write_text("\n".join(lines) + "\n", "utf-8")
+    return folder
+
+
+def test_beir_folders_and_scored_pairs_are_measured_before_and_after(place: Path, tmp_path: Path) -> None:
+    beir = write_beir(tmp_path / "beir")
+    scored = tmp_path / "sts.jsonl"
+    rows = [
+        {"sentence1": f"w{row} w9 w8", "sentence2": f"w{row + 1} w9 w{row}", "score": float(row % 6)}
+        for row in range(12, 30)
+    ]
+    scored.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    report = trained(
+        place, tmp_path / "out", f"evaluation.sets=[{beir}, {scored}]", "evaluation.pairs=[]", "steps=2",
+        "evaluation.every=1",
+    )  # fmt: skip
+    verdicts = {str(one["metric"]): one for one in report.data["verdicts"]}  # type: ignore[attr-defined]
+    assert "beir/nDCG@10" in verdicts
+    assert "beir/nDCG@10/32" in verdicts
+    labels = dict(report.rows)
+    assert "sts/spearman" in labels
+    assert "sts/spearman | " in (tmp_path / "out/README.md").read_text("utf-8")
+    lines = [line for line in metrics(tmp_path / "out") if "eval/sts/spearman" in line]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+
+
+def test_the_baseline_is_that_of_gemb_eval(place: Path, tmp_path: Path) -> None:
+    from gemb.jobs.eval import EvalRecipe
+    from gemb.jobs.eval import run as evaluate
+
+    beir = write_beir(tmp_path / "beir")
+    changes = (f"evaluation.sets=[{beir}]", "evaluation.pairs=[]", "steps=1")
+    trained(place, tmp_path / "out", *changes)
+    theirs = evaluate(
+        EvalRecipe(model=str(place / "base"), data=(str(beir),), precision="fp32", threads=1, device="cpu")
+    )
+    (shown,) = [row for row in theirs.tables[0].rows if "beir" in row]
+    ours = metrics(tmp_path / "out")[0]["eval/beir/nDCG@10"]
+    assert any(f"{ours:.4f}" == cell or f"{ours:.3f}" == cell for cell in shown), (ours, shown)
+
+
+def test_a_check_shows_the_data_and_rows_of_evaluation_sets(
+    place: Path, tmp_path: Path, gemb: Callable[..., Finished]
+) -> None:
+    held_out = f"evaluation.pairs=[{{path: {place / 'pairs.jsonl'}, prompts: none, name: same}}]"
+    done = gemb("train", place / "r.yaml", held_out, "--check")
+    assert done.code == 0, done.err
+    assert "checked 48 usable rows of 1 data set" in done.out
+    assert "48 rows with a query of evaluation set same" in done.out
+    assert not (place / "r.partial").exists()
