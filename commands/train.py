@@ -47,6 +47,12 @@ def train(
     check: Annotated[
         bool, typer.Option("--check", help="Show what is in the data - repeats, lengths, leaks - and stop.")
     ] = False,
+    search: Annotated[
+        str | None,
+        typer.Option(
+            "--search", metavar="FILE", help="Search the best mixture of the data sets, as FILE says."
+        ),
+    ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = 0,
@@ -73,6 +79,9 @@ def train(
         "offline": offline,
     }
     wanted = recipes.load(recipe, TrainRecipe, [*(changes or ()), *(set_ or ())], given)
+    if search is not None:
+        _search(wanted, search, dry_run=dry_run, overwrite=overwrite, json=json, quiet=quiet, verbose=verbose)
+        return
     if dry_run:
         show(job.plan(wanted), json=json, product=True)
         return
@@ -81,4 +90,19 @@ def train(
         return
     with progress(quiet=quiet, json=json, verbose=verbose) as on_progress:
         report = job.run(wanted, on_progress, overwrite=overwrite)
+    show(report, json=json, quiet=quiet)
+
+
+def _search(
+    wanted: TrainRecipe, file: str, *, dry_run: bool, overwrite: bool, json: bool, quiet: bool, verbose: int
+) -> None:
+    """Train once for each mixture that is tried."""
+    from gemb.jobs import train_search as job
+
+    settings = recipes.load(file, job.SearchRecipe)
+    if dry_run:
+        show(job.plan(wanted, settings), json=json, product=True)
+        return
+    with progress(quiet=quiet, json=json, verbose=verbose) as on_progress:
+        report = job.run(wanted, settings, on_progress, overwrite=overwrite)
     show(report, json=json, quiet=quiet)
