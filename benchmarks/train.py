@@ -107,15 +107,23 @@ def _write(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def data_sets(batches: int) -> tuple[str, ...]:
+    """The data sets of so many batches: all, or some, evenly from those of long texts to those of short ones."""
+    if batches >= len(DATA_SETS):
+        return DATA_SETS
+    return tuple(DATA_SETS[number * len(DATA_SETS) // batches] for number in range(batches))
+
+
 def read_pairs(batch_size: int, batches: int) -> list[Pair]:
-    """`batches` batches of real pairs, each from one data set, the data sets in turn.
+    """`batches` batches of real pairs, each from one of `data_sets(batches)`, in turn.
 
     Raises UnavailableError where the shared data are not there.
     """
     streams: dict[str, Iterator[Pair]] = {}
     pairs: list[Pair] = []
+    names = data_sets(batches)
     for number in range(batches):
-        name = DATA_SETS[number % len(DATA_SETS)]
+        name = names[number % len(names)]
         stream = streams.setdefault(name, _pairs_of(name))
         pairs.extend(next(stream) for _ in range(batch_size))
     return pairs
@@ -300,7 +308,7 @@ def run(
             "shape": {"name": shape, **SHAPES[shape]},
             "batch_size": batch_size,
             "batches": batches,
-            "data_sets": DATA_SETS,
+            "data_sets": data_sets(batches),
             "max_tokens": MAX_TOKENS,
             "tokens": sum(counts),
             "threads": threads,

@@ -145,6 +145,19 @@ def test_every_pooling_gives_the_vectors_of_the_packed_encoder(
     torch.testing.assert_close(vectors, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_each_text_leaves_its_own_prompt_out(tmp_path: Path, mode: str) -> None:
+    folder = tiny_folder(tmp_path / "model", pooling=mode, include_prompt=False)
+    model = trainable(folder)
+    ids, lengths = ids_of(folder)
+    prompts = np.array([3, 0, 1, 5, 2, 0, 1, 4], dtype=np.int32)  # one is longer than its text
+    together = model(ids, lengths, prompts)
+    encoder = PackedEncoder(read_folder(folder), Kernels("cpu", torch.float32))
+    for place, text in enumerate(torch.split(ids, lengths.tolist())):
+        alone = encoder.forward(text.numpy(), lengths[[place]], prompt_tokens=int(prompts[place]))
+        torch.testing.assert_close(together[place], alone[0], atol=1e-6, rtol=0)
+
+
 def test_several_poolings_at_once_stand_side_by_side(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", "bert", pooling=("cls", "max", "mean"))
     ids, lengths, rows = packed(folder, TEXTS)
