@@ -108,7 +108,7 @@ def _write(path: Path, value: object) -> None:
 
 
 def data_sets(batches: int) -> tuple[str, ...]:
-    """The data sets of so many batches: all, or some, evenly from those of long texts to those of short ones."""
+    """The data sets of so many batches: all of them, or some, evenly from long texts to short ones."""
     if batches >= len(DATA_SETS):
         return DATA_SETS
     return tuple(DATA_SETS[number * len(DATA_SETS) // batches] for number in range(batches))
