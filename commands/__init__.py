@@ -24,6 +24,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "index": "Build a searchable index of documents.",
         "search": "Search an index with a question.",
         "train": "Fine-tune an encoder on pairs of texts, resumable.",
+        "mine": "Mine hard negatives for pairs of queries and positives, resumable.",
         "eval": "Evaluate a model on your data: retrieval, similarity, labels and more.",
         "info": "Show what a model or an index is, and what would run.",
         "demo": "Embed and search the docstrings of the Python standard library.",
