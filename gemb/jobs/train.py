@@ -58,7 +58,7 @@ def run(recipe: TrainRecipe, on_progress: OnProgress = ignore, *, overwrite: boo
     from gemb.training.ranks import ranks_of_environment
     from gemb.training.record import already_done
     from gemb.training.session import Session
-    from gemb.training.setup import prepare
+    from gemb.training.setup import pick_device, prepare
 
     if recipe.output is None:
         raise GembError("no output given; pass -o runs/first")
@@ -66,7 +66,7 @@ def run(recipe: TrainRecipe, on_progress: OnProgress = ignore, *, overwrite: boo
     began = time.monotonic()
     with Interrupts(_NOTHING) as interrupts, ExitStack() as stack:
         with interrupts.at_once():
-            ranks = stack.enter_context(ranks_of_environment(recipe.device))
+            ranks = stack.enter_context(ranks_of_environment(pick_device(recipe).name))
             watch = Watch(on_progress if ranks.is_first else ignore)
             if ranks.is_first:
                 check_writable(folder.partial)

@@ -9,21 +9,26 @@ A resumed run cuts the file where its checkpoint was written, so that no step st
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import orjson
 
+from gemb.errors import GembError
 from gemb.files import os_errors_explained, sync_to_disk, write_fully
 
 
 class Metrics:
     """The open file; `position` is its size in bytes, every line before it is on the disk after `sync`."""
 
-    def __init__(self, path: Path, position: int = 0) -> None:
+    def __init__(
+        self, path: Path, position: int = 0, also: Callable[[Mapping[str, object]], None] | None = None
+    ) -> None:
+        """`also` is given every line as well, for TensorBoard."""
         self.path = path
+        self._also = also
         with os_errors_explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -36,6 +41,8 @@ class Metrics:
         with os_errors_explained(self.path):
             write_fully(self._descriptor, memoryview(line), self.position)
         self.position += len(line)
+        if self._also is not None:
+            self._also(values)
 
     def sync(self) -> None:
         """Returns when all lines are on the disk."""
@@ -49,6 +56,29 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._descriptor)
+
+
+def tensorboard(folder: Path) -> Callable[[Mapping[str, object]], None]:
+    """Writes the lines it is given to `folder` for TensorBoard.
+
+    Raises GembError if the package is not installed.
+    """
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError as error:
+        raise GembError(
+            "tensorboard is asked for, but the package is not installed: pip install tensorboard; "
+            "run/metrics.jsonl and run/report.html need none"
+        ) from error
+    writer = SummaryWriter(str(folder))
+
+    def write(values: Mapping[str, object]) -> None:
+        for name, value in values.items():
+            if name not in ("step", "tokens") and isinstance(value, int | float):
+                writer.add_scalar(name, value, values["step"])
+        writer.flush()
+
+    return write
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

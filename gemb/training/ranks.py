@@ -27,9 +27,10 @@ from gemb.errors import GembError
 class Ranks:
     """This process among `count` equal ones; `index` 0 writes the files. Works without torch.distributed."""
 
-    def __init__(self, index: int = 0, count: int = 1) -> None:
+    def __init__(self, index: int = 0, count: int = 1, device: str = "cpu") -> None:
         self.index = index
         self.count = count
+        self._device = device  # where what is sent has to be
 
     @property
     def is_first(self) -> bool:
@@ -91,7 +92,7 @@ class Ranks:
         """The value of the first rank, on all of them."""
         if self.count == 1:
             return value
-        shared = torch.tensor(value, dtype=torch.float64, device=_device_of_group())
+        shared = torch.tensor(value, dtype=torch.float64, device=self._device)
         dist.broadcast(shared, 0)
         return float(shared)
 
@@ -101,7 +102,7 @@ class Ranks:
             dist.barrier()
 
     def _most(self, value: int) -> int:
-        flag = torch.tensor(value, device=_device_of_group())
+        flag = torch.tensor(value, device=self._device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return int(flag)
 
@@ -127,10 +128,10 @@ class Ranks:
 
 
 @contextmanager
-def ranks_of_environment(device_kind: str) -> Iterator[Ranks]:
+def ranks_of_environment(device: str) -> Iterator[Ranks]:
     """The ranks that torchrun announces in RANK and WORLD_SIZE; one alone where it does not.
 
-    Joins the process group for the block: gloo on a CPU, nccl on GPUs.
+    Joins the process group for the block: gloo on a CPU, nccl on GPUs, of which `device` is this rank's.
     Raises GembError if the variables are no numbers.
     """
     index, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
@@ -139,9 +140,10 @@ def ranks_of_environment(device_kind: str) -> Iterator[Ranks]:
     if int(count) == 1:
         yield Ranks()
         return
-    dist.init_process_group("nccl" if device_kind == "cuda" else "gloo")
+    on_gpu = device.startswith("cuda")
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=torch.device(device) if on_gpu else None)
     try:
-        yield Ranks(int(index), int(count))
+        yield Ranks(int(index), int(count), device if on_gpu else "cpu")
     finally:
         dist.destroy_process_group()
 
@@ -150,7 +152,3 @@ def _padded(part: Tensor, rows: int) -> Tensor:
     whole = part.new_zeros(rows, *part.shape[1:])
     whole[: len(part)] = part
     return whole
-
-
-def _device_of_group() -> str:
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"

@@ -22,7 +22,7 @@ from gemb.training.checkpoints import Checkpoints
 from gemb.training.gradients import MemoryPlan, graph_bytes, plan_memory
 from gemb.training.held_out import Measured
 from gemb.training.loop import Hooks, Progress, StepReport, Training, total_parameters
-from gemb.training.metrics import Metrics
+from gemb.training.metrics import Metrics, tensorboard
 from gemb.training.optimizers import MovingAverage, clip_gradients, make_optimizer
 from gemb.training.random_numbers import seeded
 from gemb.training.record import make_report, record_of
@@ -84,7 +84,8 @@ class Session:
             self.average = MovingAverage(named, recipe.ema)
         metrics = None
         if setup.ranks.is_first:
-            metrics = self._opened.enter_context(Metrics(setup.folder.metrics, progress.metrics_bytes))
+            also = tensorboard(setup.folder.tensorboard) if recipe.tensorboard else None
+            metrics = self._opened.enter_context(Metrics(setup.folder.metrics, progress.metrics_bytes, also))
         self.training = Training(
             encoder=self.encoder,
             parameters=[parameter for _, parameter in named],

@@ -109,7 +109,7 @@ def prepare(
         raise GembError(
             "checkpoint.result is best, but nothing is evaluated; give evaluation.pairs or evaluation.sets"
         )
-    device = _device(recipe)
+    device = pick_device(recipe)
     data, held_out = _with_material(recipe, folder, ranks, material)
     model_path, model_name = _model(recipe, data, folder, ranks, material, notice)
     model = read_folder(model_path)
@@ -179,7 +179,7 @@ def evaluated(recipe: TrainRecipe) -> bool:
     return bool(recipe.evaluation.pairs or recipe.evaluation.sets)
 
 
-def _device(recipe: TrainRecipe) -> Device:
+def pick_device(recipe: TrainRecipe) -> Device:
     """The device of this rank; its threads are set."""
     import torch
 
