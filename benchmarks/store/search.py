@@ -8,10 +8,12 @@ the others. faiss is HNSW over float32 with gemb's links a node and candidates w
     python -m benchmarks.store.search --rows 1000000 --peers faiss-hnsw
 """
 
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +23,7 @@ from benchmarks.harness import Bar, write_result
 from benchmarks.machine import this_machine
 from benchmarks.models import REPOSITORY
 from benchmarks.store import vectors
-from benchmarks.store.race import Runner, build, package_versions, race
+from benchmarks.store.race import Process, Runner, build, package_versions, race
 
 FAISS = {"links": 16, "expansion_add": 128}
 """As gemb's graph is built."""
@@ -84,16 +86,21 @@ def build_options(engine: str, kind: str) -> dict[str, object]:
 
 def expansion_for(engine: str, rows: int, kind: str, wanted: float) -> dict[str, object]:
     """The smallest of EXPANSIONS that reaches a recall on the queries for choosing, else the largest."""
-    asked = vectors.queries(kind, tune=True)
+    asked, truth = vectors.queries(kind, tune=True), vectors.truth(rows, kind, tune=True)
+    runner = _runner(engine, engine, rows, kind, {})
     options: dict[str, object] = {}
-    for expansion in EXPANSIONS:
-        options = {"expansion": expansion}
-        if engine == "lancedb":
-            options["refine"] = LANCE_REFINE
-        runner = _runner(engine, engine, rows, kind, options)
-        race([runner], asked, rounds=0)
-        if vectors.recall(runner.found, vectors.truth(rows, kind, tune=True)) >= wanted:
-            break
+    with tempfile.TemporaryDirectory(prefix="gemb-bench-") as scratch, Process(engine) as process:
+        asked_at, found_at = Path(scratch) / "queries.npy", Path(scratch) / "found.npy"
+        np.save(asked_at, asked)
+        for expansion in EXPANSIONS:
+            options = {"expansion": expansion}
+            if engine == "lancedb":
+                options["refine"] = LANCE_REFINE
+            if engine == "chroma" or expansion == EXPANSIONS[0]:
+                process.ask("open", at=runner.at, **options)
+            process.ask("search", queries=asked_at, batch=1, found=found_at, **options)
+            if vectors.recall(np.load(found_at), truth) >= wanted:
+                break
     return options
 
 
