@@ -89,8 +89,8 @@ class MineRecipe(ComputeRecipe):
     """Another model that checks: a negative keeps the margins by both, and the ranks of both are fused."""
     scores: Literal["first", "second", "none"] = "first"
     """Whose scores are written as pos_scores and neg_scores."""
-    search: Literal["exact", "graph"] = "exact"
-    """How near passages are found: exact compares all; graph is for millions, and misses a few."""
+    graph: bool = False
+    """Find passages by a graph, which is for millions and misses a few; by default all are compared."""
     query_as: str | None = None
     """The prompt of queries: a prompt's name, or none; by default query."""
     passage_as: str | None = None
@@ -105,8 +105,8 @@ class MineRecipe(ComputeRecipe):
     """Which column has which role, where their names do not tell."""
     shape: Literal["auto", "pairs"] = "auto"
     """What a row is; pairs for rows with a label or score that is to be left alone."""
-    split: str = "train"
-    """Which qrels/SPLIT.tsv of a BEIR folder is read."""
+    split: str | None = None
+    """Which qrels/SPLIT.tsv of a BEIR folder is read; by default train."""
     limit: int | None = Field(default=None, ge=1)
     """Usable rows to take, from the first on; by default all."""
     wait_lock: float = Field(default=0.0, ge=0)
@@ -256,7 +256,8 @@ def _prepare(recipe: MineRecipe, announce: Callable[[str], None] = lambda _: Non
         raise GembError("no pairs given; gemb mine pairs.jsonl -o mined.jsonl")
     if not recipe.output.absolute().parent.is_dir():
         raise GembError(f"{recipe.output}: there is no folder {recipe.output.parent}; make it first")
-    beir = beir_files(recipe.pairs[0], recipe.split) if len(recipe.pairs) == 1 else None
+    split = recipe.split or "train"
+    beir = beir_files(recipe.pairs[0], split) if len(recipe.pairs) == 1 else None
     corpus = recipe.corpus if beir is None else recipe.corpus or str(beir[0].path)
     passages = None if corpus is None else resolve_inputs([corpus])[0]
     data = DataSet(
@@ -265,7 +266,7 @@ def _prepare(recipe: MineRecipe, announce: Callable[[str], None] = lambda _: Non
         shape=recipe.shape,
         columns=recipe.columns,
         corpus=None if beir else recipe.corpus,
-        split=recipe.split,
+        split=split,
         limit=recipe.limit,
     )
     files = beir if beir is not None else tuple(resolve_inputs(recipe.pairs))
@@ -430,7 +431,7 @@ class _Job:
         return Scorer.open(paths[0], paths[1], texts)
 
     def _search(self, scorer: Scorer) -> Search:
-        if self._setup.recipe.search == "exact":
+        if not self._setup.recipe.graph:
             return exact_search(scorer.passages)
         with self._interrupts.at_once():
             path = self._setup.work / "passages.usearch"

@@ -153,7 +153,7 @@ def test_the_size_of_a_block_changes_nothing(
 def test_a_graph_finds_the_same_in_a_small_corpus(bench: Bench) -> None:
     pairs = bench.write(some_pairs())
     bench.run(pairs, output="exact.jsonl")
-    bench.run(pairs, search="graph", output="graph.jsonl")
+    bench.run(pairs, graph=True, output="graph.jsonl")
     assert bench.mined("graph.jsonl") == bench.mined("exact.jsonl")
 
 
