@@ -96,7 +96,7 @@ def test_vectors_and_gradients_equal_those_of_transformers_padded(tmp_path: Path
     own, theirs = gradients(model, vectors), gradients(reference, expected)
     used = {key: value for key, value in theirs.items() if "pooler" not in key and "type_embed" not in key}
     assert used.keys() <= own.keys()
-    assert relative_difference(own, used) < 2e-6  # fp32 sums in another order; both are this far from float64
+    assert relative_difference(own, used) < 1e-6  # seen below 5e-7; each is 4e-7 from float64
 
 
 def test_gradients_in_float64_equal_those_of_transformers_to_ten_digits(

@@ -676,7 +676,7 @@ class _PackedAttention(torch.autograd.Function):
             )
         grad_query = grad_key = None
         if grad_gains is not None:
-            undo = slice(None) if turns is None else torch.argsort(_pair_order(settings.channels, raw.device))
+            undo = torch.argsort(interleave(settings.channels).to(raw.device))
             grad_query = grad_gains[: settings.heads].sum(0)[undo] * settings.scale
             grad_key = grad_gains[settings.heads :].sum(0)[undo]
         return grad_heads.view_as(raw), grad_query, grad_key, None, None, None
@@ -694,10 +694,6 @@ def pair_order(settings: AttentionSettings) -> Tensor:
     return torch.cat([(starts + interleave(channels)).reshape(-1), values])
 
 
-def _pair_order(channels: int, device: torch.device) -> Tensor:
-    return interleave(channels).to(device)
-
-
 def _wide(heads: Tensor) -> Tensor:
     """16-bit heads in fp32, for norms and turns; others as they are."""
     return heads if heads.dtype in _WIDE else heads.float()
@@ -709,7 +705,7 @@ def _gains(raw: Tensor, query: Tensor | None, key: Tensor | None, settings: Atte
         ones = torch.ones(settings.heads + settings.shared, 1, device=raw.device, dtype=_wide(raw[:0]).dtype)
         ones[: settings.heads] = settings.scale
         return ones
-    order = _pair_order(settings.channels, raw.device)
+    order = interleave(settings.channels).to(raw.device)  # as `pair_order` has the channels
     query, key = (gain[order] + settings.norm.offset for gain in (query, key))
     heads = (query.mul_(settings.scale).expand(settings.heads, -1), key.expand(settings.shared, -1))
     return torch.cat(heads)
