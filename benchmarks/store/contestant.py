@@ -311,7 +311,7 @@ def main() -> None:
             wall, cpu = time.perf_counter(), time.process_time()
             engine.build(rows, at, command)
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-            more["disk_bytes"] = disk_bytes(at)
+            more = {"disk_bytes": disk_bytes(at), "input": "read in blocks"}
         else:
             wall, cpu = time.perf_counter(), time.process_time()
             engine.open(Path(command.pop("at")), command)
