@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from gemb.errors import Exit, GateError, GembError, Interrupted
 from gemb.files import Lock, check_writable
@@ -19,6 +20,10 @@ from gemb.report import OnProgress, Plan, Report, ignore
 from gemb.training.recipe import TrainRecipe
 from gemb.training.run_folder import RunFolder
 from gemb.training.watch import Watch
+
+if TYPE_CHECKING:
+    from gemb.training.setup import Material
+    from gemb.training.teaching import OpenTeacher
 
 __all__ = ["TrainRecipe", "check", "plan", "run"]
 
@@ -46,11 +51,19 @@ def check(recipe: TrainRecipe) -> Report:
     return check_data(recipe, quickstart.MATERIAL)
 
 
-def run(recipe: TrainRecipe, on_progress: OnProgress = ignore, *, overwrite: bool = False) -> Report:
+def run(
+    recipe: TrainRecipe,
+    on_progress: OnProgress = ignore,
+    *,
+    overwrite: bool = False,
+    material: Material = quickstart.MATERIAL,
+    open_teacher: OpenTeacher | None = None,
+) -> Report:
     """Train what the recipe says, or go on where an earlier run of it was stopped.
 
     `overwrite` replaces an output that exists, and drops what another recipe left unfinished. Under torchrun
-    every rank calls this, and the first one writes and talks.
+    every rank calls this, and the first one writes and talks. `material` makes the data and the model that
+    the recipe names but nobody has; `open_teacher` opens the teacher of a distillation.
 
     Raises GembError with an exit code as docs/train.md lists them; Interrupted after SIGINT or SIGTERM, when
     the state is saved (only in the main thread).
@@ -79,7 +92,15 @@ def run(recipe: TrainRecipe, on_progress: OnProgress = ignore, *, overwrite: boo
                 folder.make(overwrite=overwrite)
             ranks.wait()
             setup = stack.enter_context(
-                prepare(recipe, folder, ranks, quickstart.MATERIAL, watch.note, overwrite=overwrite)
+                prepare(
+                    recipe,
+                    folder,
+                    ranks,
+                    material,
+                    watch.note,
+                    overwrite=overwrite,
+                    open_teacher=open_teacher,
+                )
             )
             session = Session(setup, watch)
             stack.callback(session.close)

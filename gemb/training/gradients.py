@@ -92,11 +92,15 @@ def batch_gradients(
     loss_of: LossFunction,
     plan: MemoryPlan,
     *,
+    loss_parameters: Sequence[nn.Parameter] = (),
     device: str = "cpu",
     ranks: Ranks | None = None,
     stop: threading.Event | None = None,
 ) -> Gradients:
     """Add the gradient of the batch's loss to the `grad` of each parameter, summed over all ranks.
+
+    `loss_parameters` are those of the loss itself, such as a map to a teacher's space. Every rank computes
+    the whole loss, so that theirs are not summed.
 
     The random numbers that were drawn, as for dropout, are those of one pass over the chunks.
 
@@ -121,8 +125,11 @@ def batch_gradients(
     leaf = ranks.gather(vectors, batch.lengths).requires_grad_()
     loss, terms = loss_of(leaf)
     gradient = torch.zeros_like(leaf)
+    of_the_loss: Sequence[Tensor] = ()
     if loss.requires_grad:  # a loss of nothing, as of one pair without negatives, has no gradient
-        (gradient,) = torch.autograd.grad(loss, leaf)
+        gradient, *of_the_loss = torch.autograd.grad(
+            loss, [leaf, *loss_parameters], allow_unused=True, materialize_grads=True
+        )
     after = RandomState.of(device)
     with _together(ranks):
         for number, chunk in enumerate(cut):
@@ -137,7 +144,10 @@ def batch_gradients(
                 torch.autograd.backward(part, own.to(part.dtype))
             kept[number] = part.detach()  # its graph is done with
     after.restore()
-    ranks.sum_gradients(parameters)
+    ours = {id(parameter) for parameter in loss_parameters}
+    ranks.sum_gradients([parameter for parameter in parameters if id(parameter) not in ours])
+    for parameter, value in zip(loss_parameters, of_the_loss, strict=False):
+        parameter.grad = value if parameter.grad is None else parameter.grad + value
     return Gradients(float(loss.detach()), terms, twice)
 
 

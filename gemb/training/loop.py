@@ -272,6 +272,7 @@ class Training:
                     batch,
                     loss_of,
                     self.progress.plan,
+                    loss_parameters=self.loss.parameters,
                     device=self.device,
                     ranks=self.ranks,
                     stop=stop,

@@ -19,19 +19,19 @@ from gemb.training.loop import total_parameters
 from gemb.training.ranks import Ranks
 from gemb.training.recipe import TrainRecipe
 from gemb.training.run_folder import RunFolder
-from gemb.training.session import MemoryPlanner, load_encoder, trained_parameters
+from gemb.training.session import MemoryPlanner, load_encoder, make_loss, trained_parameters
 from gemb.training.setup import Material, Setup, prepare
-from gemb.training.terms import Loss
+from gemb.training.teaching import OpenTeacher
 
 
-def make_plan(recipe: TrainRecipe, material: Material) -> Plan:
+def make_plan(recipe: TrainRecipe, material: Material, open_teacher: OpenTeacher | None = None) -> Plan:
     """A plan from opening the data and computing the gradients of one batch.
 
     Raises GembError as a run does before its first step.
     """
     if recipe.output is None:
         raise GembError("no output given; pass -o runs/first")
-    with _prepared(recipe, material) as setup:
+    with _prepared(recipe, material, open_teacher) as setup:
         return _planned(setup, recipe.output)
 
 
@@ -51,25 +51,37 @@ def check_data(recipe: TrainRecipe, material: Material) -> Report:
 
 
 @contextmanager
-def _prepared(recipe: TrainRecipe, material: Material) -> Iterator[Setup]:
+def _prepared(
+    recipe: TrainRecipe, material: Material, open_teacher: OpenTeacher | None = None
+) -> Iterator[Setup]:
     """The setup of a recipe in a folder that goes away."""
     with tempfile.TemporaryDirectory(prefix="gemb-plan-") as temporary:
         folder = RunFolder(Path(temporary) / "plan")
         folder.make(overwrite=False)
-        with prepare(recipe, folder, Ranks(), material, lambda line: None, dry=True) as setup:
+        with prepare(
+            recipe, folder, Ranks(), material, lambda line: None, dry=True, open_teacher=open_teacher
+        ) as setup:
             yield setup
 
 
 def _planned(setup: Setup, output: Path) -> Plan:
     recipe = setup.recipe
     encoder = load_encoder(setup)
+    loss = make_loss(setup, encoder)
     trained = trained_parameters(encoder, recipe.freeze)
     parameters = [parameter for _, parameter in trained]
-    loss = Loss(recipe.losses, setup.sizes, setup.weights)
     memory = MemoryPlanner(setup, encoder).plan()
     batch = next(iter(setup.mixture))
     began = time.monotonic()
-    found = batch_gradients(encoder, parameters, batch, loss.of(batch), memory, device=setup.device.name)
+    found = batch_gradients(
+        encoder,
+        parameters,
+        batch,
+        loss.of(batch),
+        memory,
+        loss_parameters=loss.parameters,
+        device=setup.device.name,
+    )
     seconds = time.monotonic() - began
     tokens_per_second = len(batch.ids) / max(seconds, 1e-9)
     steps = setup.length.steps

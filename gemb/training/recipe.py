@@ -113,6 +113,9 @@ class MatchingTerm(LossTerm):
     """l2 as in EmbedDistill, which the paper cites; squared; or 1 - cosine."""
     hard_negatives: bool = True
     """Match hard negatives, too, as EmbeddingGemma does and EmbedDistill does not."""
+    projection: bool = False
+    """Learn a map from the student's vectors to the teacher's, which is dropped after the training; without
+    it, the wider ones are cut to the others' width, as is right where they are made to be cut."""
 
 
 class ScoreMatchingTerm(LossTerm):

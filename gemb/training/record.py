@@ -31,8 +31,15 @@ def record_of(
     """What gemb.json says of a finished run: the request, and what became of it."""
     counts = {name: asdict(one) for name, one in setup.mixture.counts.items()}
     repeats = {name: asdict(state) for name, state in setup.mixture.draws.items()}
+    taught: dict[str, Any] = {}
+    if setup.teaching is not None:
+        from gemb.training.teaching import share_of
+
+        share = share_of(means.get("after", {}), means.get("teacher", {}))
+        taught = {"teacher": {"name": setup.teaching.name, "dims": setup.teaching.dims, "share": share}}
     return {
         **setup.request,
+        **taught,
         "output": str(setup.folder.output),
         "device": setup.device.line,
         "ranks": setup.ranks.count,
@@ -76,14 +83,30 @@ def make_report(setup: Setup, record: Mapping[str, Any]) -> Report:
         rows.append(("left out", f"{record['bad_steps']:,} steps whose loss or gradient was not finite"))
     rows += [("verdict", str(one)) for one in shown_verdicts(record)]
     rows += [(name, f"{before:.3f} -> {after:.3f}") for name, before, after in not_compared(record)]
+    if "teacher" in record:
+        rows += _taught(record)
     rows.append(("pictures", str(setup.folder.output / "run" / "report.html")))
     rows += [("note", note) for note in record["notes"]]
     return Report(
-        title=f"trained {setup.model_name} on {record['pairs']:,} pairs in {duration(record['seconds'])}",
+        title=f"{'distilled' if 'teacher' in record else 'trained'} {setup.model_name} "
+        f"on {record['pairs']:,} pairs in {duration(record['seconds'])}",
         rows=rows,
         data=record,
         outputs=[setup.folder.output],
     )
+
+
+def _taught(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the student reaches of its teacher's quality."""
+    from gemb.training.held_out import is_full_size
+
+    teacher, after = record["teacher"], record["measures"].get("after", {})
+    best = record["measures"].get("teacher", {})
+    names = [name for name in after if name in best and is_full_size(name)]
+    rows = [(f"{name}, of the teacher's", f"{after[name]:.3f} of {best[name]:.3f}") for name in names]
+    if teacher["share"] is None:
+        return [("teacher", teacher["name"])]
+    return [*rows, ("teacher", f"{teacher['name']}; {teacher['share']:.1%} of its quality in the mean")]
 
 
 def shown_verdicts(record: Mapping[str, Any]) -> list[Verdict]:

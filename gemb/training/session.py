@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from gemb.device import free_memory_bytes
 from gemb.errors import GembError
 from gemb.files import read_json, write_json
 from gemb.model.trainable import TrainableEncoder
 from gemb.report import Report
+from gemb.training.batches import TrainingBatch
 from gemb.training.checkpoints import Checkpoints
 from gemb.training.gradients import MemoryPlan, graph_bytes, plan_memory
 from gemb.training.held_out import Measured
@@ -25,9 +27,11 @@ from gemb.training.loop import Hooks, Progress, StepReport, Training, total_para
 from gemb.training.metrics import Metrics, tensorboard
 from gemb.training.optimizers import MovingAverage, clip_gradients, make_optimizer
 from gemb.training.random_numbers import seeded
+from gemb.training.recipe import MatchingTerm
 from gemb.training.record import make_report, record_of
 from gemb.training.schedules import schedule
 from gemb.training.setup import evaluated
+from gemb.training.teaching import new_projection
 from gemb.training.terms import Loss
 from gemb.training.verdict import Verdict, compare
 
@@ -55,6 +59,8 @@ class Session:
         self.average: MovingAverage | None = None
         self.training: Training
         self.baseline: Measured | None = None
+        self.teacher: Measured | None = None
+        """What the teacher of a distillation reaches itself."""
         self._watch = watch
         self._opened = ExitStack()
         self._tokens_before = 0
@@ -68,8 +74,8 @@ class Session:
     def open(self) -> None:
         """Put the parts together, go back to the last checkpoint, and measure what was not measured yet."""
         setup, recipe = self.setup, self.setup.recipe
+        loss = make_loss(setup, self.encoder)
         named = trained_parameters(self.encoder, recipe.freeze)
-        loss = Loss(recipe.losses, setup.sizes, setup.weights)
         for member in setup.mixture.members:
             loss.check_kind(member.name, "scored" if member.prepared.shape == "scored" else "pairs")
         checkpoints = Checkpoints(setup.folder.checkpoints, keep=recipe.checkpoint.keep)
@@ -122,6 +128,7 @@ class Session:
         self._watch.total_steps = setup.total_steps
         # Before the checkpoint is put back: the weights are those of the first model still.
         self.baseline = self._baseline()
+        self._meet_teacher()
         self._opened.enter_context(seeded(recipe.seed, setup.device.name))
         if steps:
             self.training.restore(steps[-1])
@@ -149,7 +156,7 @@ class Session:
             losses = (self._first_loss, self._last_loss)
             means = {
                 when: one.means()
-                for when, one in (("before", self.baseline), ("after", final))
+                for when, one in (("before", self.baseline), ("after", final), ("teacher", self.teacher))
                 if one is not None
             }
             record = record_of(setup, training.progress, verdicts, means, losses, seconds)
@@ -215,6 +222,32 @@ class Session:
                 self._log(measured)
                 self.training.progress.metrics_bytes = self.training.metrics.position
         return measured
+
+    def _meet_teacher(self) -> None:
+        """Measure the teacher, once a run, and get its vectors for the whole run where that is asked for."""
+        setup, teaching = self.setup, self.setup.teaching
+        if teaching is None:
+            return
+        file = setup.folder.run / "teacher.json"
+        if setup.ranks.is_first and setup.evaluation is not None and not file.is_file():
+            self._watch.stage("evaluating the teacher")
+            if (measured := teaching.measure()) is not None:
+                write_json(file, _as_json(measured))
+        if file.is_file():
+            self.teacher = _from_json(read_json(file))
+        if not teaching.ahead:
+            return
+        self._watch.stage("asking the teacher")
+        length, progress = setup.length, self.training.progress
+        step, tokens = progress.step, progress.tokens
+        with setup.reopened() as mixture:
+            for batch in mixture:
+                if length.share(step, tokens) >= 1.0:
+                    break
+                if step % setup.ranks.count == setup.ranks.index:
+                    teaching.vectors(batch)
+                step, tokens = step + 1, tokens + len(batch.ids)
+        setup.ranks.wait()
 
     def _evaluate(self, step: int) -> float | None:
         """The mean of the scores at full width, on all ranks."""
@@ -283,6 +316,25 @@ def load_encoder(setup: Setup) -> TrainableEncoder:
         precision=setup.device.precision,
         dropout=setup.recipe.dropout,
     )
+
+
+def make_loss(setup: Setup, encoder: TrainableEncoder) -> Loss:
+    """The loss of a setup. A map to the teacher's space becomes a part of the encoder.
+
+    There it is trained, moved and kept in the checkpoints with the rest; a saved model is without it.
+    """
+    terms, teaching = setup.recipe.losses, setup.teaching
+    if teaching is None:
+        return Loss(terms, setup.sizes, setup.weights)
+    projection = None
+    if any(isinstance(term, MatchingTerm) and term.projection for term in terms):
+        projection = new_projection(encoder.dims, teaching.dims, setup.recipe.seed).to(setup.device.name)
+        encoder.add_module("to_teacher", projection)
+
+    def taught(batch: TrainingBatch) -> Tensor:
+        return torch.from_numpy(teaching.vectors(batch)).to(setup.device.name)
+
+    return Loss(terms, setup.sizes, setup.weights, teacher=taught, projection=projection)
 
 
 def trained_parameters(encoder: TrainableEncoder, patterns: Iterable[str]) -> list[tuple[str, nn.Parameter]]:

@@ -28,6 +28,7 @@ from gemb.training.mixture import Mixture
 from gemb.training.ranks import Ranks
 from gemb.training.recipe import TrainRecipe, flat
 from gemb.training.run_folder import RunFolder
+from gemb.training.teaching import OpenTeacher, Teaching
 
 USUAL_MAX_TOKENS = 512
 """Texts are cut there unless the recipe says otherwise: most models declare far more than pairs need."""
@@ -79,6 +80,9 @@ class Setup:
     """Those of evaluation.pairs, likewise."""
     evaluation: Evaluations | None
     request: Mapping[str, Any]
+    reopened: Callable[[], Mixture]
+    """The mixture once more, where it was when the setup was made; the caller closes it."""
+    teaching: Teaching | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -97,11 +101,14 @@ def prepare(
     *,
     overwrite: bool = False,
     dry: bool = False,
+    open_teacher: OpenTeacher | None = None,
 ) -> Iterator[Setup]:
     """Everything that can be checked before the model is loaded, checked; cheap things first.
 
     The mixture is open for the block, at its beginning or where the last checkpoint says. `dry` compares with
-    no earlier run. Raises GembError for whatever does not fit.
+    no earlier run. `open_teacher` opens the teacher of a distillation.
+
+    Raises GembError for whatever does not fit.
     """
     if not recipe.data:
         raise GembError("no data given; a recipe needs data, such as - {path: pairs.jsonl, prompts: none}")
@@ -138,8 +145,11 @@ def prepare(
                 notice=notice,
             )
 
+        teaching = stack.enter_context(open_teacher(folder, device, held_out)) if open_teacher else None
+        if teaching is not None:
+            notes += teaching.notes
         mixture = opened(None)
-        request = _request(recipe, model, model_name, mixture)
+        request = _request(recipe, model, model_name, mixture, teaching)
         position = None
         if not dry:
             if ranks.is_first:
@@ -167,6 +177,8 @@ def prepare(
             held_out=held_out,
             evaluation=_evaluation(recipe, held_out, model, folder, prompts, sizes, ranks),
             request=request,
+            reopened=lambda: opened(position),
+            teaching=teaching,
             notes=notes,
         )
 
@@ -258,13 +270,20 @@ def _model(
     return folder.base, material.model_name
 
 
-def _request(recipe: TrainRecipe, model: ModelFolder, model_name: str, mixture: Mixture) -> dict[str, Any]:
+def _request(
+    recipe: TrainRecipe,
+    model: ModelFolder,
+    model_name: str,
+    mixture: Mixture,
+    teaching: Teaching | None,
+) -> dict[str, Any]:
     """What the weights of a run depend on, for job.json and gemb.json."""
+    teacher = {} if teaching is None else {"teacher": teaching.fingerprint[:12]}
     # Through JSON, so that it compares equal to what job.json gives back.
     values: dict[str, Any] = orjson.loads(
         orjson.dumps({
             "recipe": flat(resolved(recipe)),
-            "model": {"name": model_name, "fingerprint": fingerprint(model)[:12]},
+            "model": {"name": model_name, "fingerprint": fingerprint(model)[:12], **teacher},
             "data": {member.name: member.prepared.fingerprint[:12] for member in mixture.members},
             "versions": {name: metadata.version(name) for name in _PACKAGES},
         })

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemb.errors import GembError
 from gemb.losses import (
@@ -42,9 +42,6 @@ from gemb.training.recipe import (
 
 Teacher = Callable[[TrainingBatch], Tensor]
 """The teacher's vectors [R, E] of the rows of a batch."""
-
-Projection = Callable[[Tensor], Tensor]
-"""From the student's unit rows [B, D] to the teacher's space [B, E]."""
 
 _ALSO: Mapping[str, Sequence[Direction]] = {
     "none": (),
@@ -106,13 +103,20 @@ class Loss:
         weights: Sequence[float],
         *,
         teacher: Teacher | None = None,
-        projection: Projection | None = None,
+        projection: nn.Module | None = None,
     ) -> None:
+        """`projection` maps the student's unit rows [B, D] to the teacher's space [B, E]."""
         self._terms = terms
         self._sizes = tuple(sizes)
         self._weights = tuple(weights)
         self._teacher = teacher
         self._projection = projection
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the loss itself that are trained: of the projection."""
+        every = self._projection.parameters() if self._projection is not None else ()
+        return [parameter for parameter in every if parameter.requires_grad]
 
     def check_kind(self, dataset: str, kind: str) -> None:
         """Raises GembError if no term is for batches of a data set of this kind."""
@@ -227,8 +231,8 @@ class Loss:
                 student,
                 teacher,
                 distance=term.distance,
-                projection=self._projection,
-                cut=self._projection is None,
+                projection=self._projection if term.projection else None,
+                cut=not term.projection,
             )
             for student, teacher in parts
         ]
