@@ -12,6 +12,7 @@ C channels of a head, N texts of one length L.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from gemb.model.attention import CAUSAL, FULL, Reach
 from gemb.model.kernels import activation, interleave, turn
 from gemb.model.layout import Group, Layout
-from gemb.model.packed_attention import attend, attend_groups, within
+from gemb.model.packed_attention import QUERY_BLOCK, attend, attend_groups, within
 
 PIECE_ROWS = 512
 """Rows of a piece: its intermediate numbers stay in the second-level cache, products stay large enough."""
@@ -618,7 +619,7 @@ class _PackedAttention(torch.autograd.Function):
         queries, keys = _queries_and_keys(heads, factors, gains, settings, turns)
         values = heads[:, len(gains) :]
         mixed = raw.new_empty(len(raw), settings.heads, settings.channels)
-        sums: list[Tensor | None] = []  # log of the sum of exponentials, by group
+        sums: list[Tensor] = []
         if raw.is_cuda:
             mixed = attend(queries, keys, values, layout, settings.reach, settings.softcap).view_as(mixed)
         else:
@@ -626,7 +627,7 @@ class _PackedAttention(torch.autograd.Function):
                 q, k, v = (_texts(part, group) for part in (queries, keys, values))
                 out, logarithms = _mix(q, k, v, settings)
                 _texts(mixed, group).copy_(out)
-                sums.append(logarithms)
+                sums += logarithms
         ctx.save_for_backward(raw, query_gain, key_gain, factors, turns, mixed, *sums)
         ctx.settings, ctx.layout = settings, layout
         return mixed.flatten(1)
@@ -650,11 +651,12 @@ class _PackedAttention(torch.autograd.Function):
             for place, one in zip(into, run(grad.flatten(1), queries, keys, values), strict=True):
                 place.copy_(one)
         else:
-            for group, logarithms in zip(layout.groups, sums, strict=True):
+            remaining = iter(sums)
+            for group in layout.groups:
                 one_grad, q, k, v, out = (
                     _texts(part, group) for part in (grad, queries, keys, values, mixed)
                 )
-                found = _mix_backward(one_grad, q, k, v, out, logarithms, settings)
+                found = _mix_backward(one_grad, q, k, v, out, remaining, settings)
                 for place, one in zip(into, found, strict=True):
                     _texts(place, group).copy_(one)
         # Back through turns, gains and norms of queries and keys; values are as they were.
@@ -747,11 +749,6 @@ def _texts(x: Tensor, group: Group) -> Tensor:
     return torch.unflatten(x[group.start : group.stop], 0, (group.rows, group.length)).transpose(1, 2)
 
 
-def _is_plain(settings: AttentionSettings, length: int) -> bool:
-    """Whether texts of this length need no mask but causality's, and no softcap."""
-    return settings.softcap is None and within(settings.reach, length) in (FULL, CAUSAL)
-
-
 def _folded(queries: Tensor, shared: int) -> Tensor:
     """The queries of one key head, token by token, as rows: [N, H, L, C] -> [N, G, L * H / G, C]."""
     return torch.unflatten(queries, 1, (shared, -1)).transpose(2, 3).flatten(2, 3)
@@ -763,19 +760,56 @@ def _unfolded(rows: Tensor, heads: int) -> Tensor:
     return torch.unflatten(rows, 2, (-1, times)).transpose(2, 3).flatten(1, 2)
 
 
-def _mix(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> tuple[Tensor, Tensor | None]:
-    """Mixed values[N, H, L, C] of texts of one length on a CPU, and what the backward pass needs of it."""
-    length = q.shape[2]
-    if not _is_plain(settings, length):
-        return _masked(settings)(q, k, v), None
-    is_causal = within(settings.reach, length) == CAUSAL
-    if is_causal:
-        k, v = (_repeated(part, settings) for part in (k, v))
-    rows = q if is_causal else _folded(q, settings.shared)
-    out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        rows, k, v, 0.0, is_causal, scale=1.0
-    )
-    return out if is_causal else _unfolded(out, settings.heads), sums
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Some queries of a text and the keys that they see; `mask`[queries, keys] is added to the scores."""
+
+    queries: slice
+    keys: slice
+    mask: Tensor | None = None
+    is_causal: bool = False
+
+
+def _blocks(reach: Reach, length: int, dtype: torch.dtype) -> list[_Block]:
+    """The blocks of a text: one where no window ends inside it, else few queries each, to skip most keys."""
+    reach = within(reach, length)
+    everything = slice(0, length)
+    if reach in (FULL, CAUSAL):
+        return [_Block(everything, everything, is_causal=reach == CAUSAL)]
+    left = length if reach.left is None else reach.left
+    right = length if reach.right is None else reach.right
+    blocks = []
+    for first in range(0, length, QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, length)
+        low, high = max(0, first - left), min(length, last + right)
+        mask = _band(last - first, high - low, first - low, left, right, dtype)
+        blocks.append(_Block(slice(first, last), slice(low, high), mask))
+    return blocks
+
+
+@lru_cache(maxsize=64)
+def _band(queries: int, keys: int, offset: int, left: int, right: int, dtype: torch.dtype) -> Tensor:
+    """0 where query i sees key j, offset + i - left <= j <= offset + i + right, else minus infinity."""
+    i = torch.arange(queries)[:, None] + offset
+    j = torch.arange(keys)
+    return torch.zeros(queries, keys, dtype=dtype).masked_fill_((j < i - left) | (j > i + right), -torch.inf)
+
+
+def _mix(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> tuple[Tensor, list[Tensor]]:
+    """Mixed values[N, H, L, C] of texts of one length on a CPU.
+
+    Also the logarithms of the sums of exponentials of each block, for the backward pass.
+    """
+    if settings.softcap is not None:
+        return _capped(settings)(q, k, v), []
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    outs, sums = [], []
+    for block in _blocks(settings.reach, q.shape[2], q.dtype):
+        parts = _parts(block, settings, (q,), (k, v))
+        out, logarithms = flash(*parts, 0.0, block.is_causal, attn_mask=block.mask, scale=1.0)
+        outs.append(_unfolded(out, settings.heads) if _folds(block) else out)
+        sums.append(logarithms)
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2), sums
 
 
 def _mix_backward(
@@ -784,34 +818,54 @@ def _mix_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    sums: Tensor | None,
+    sums: Iterator[Tensor],
     settings: AttentionSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys and values of `_mix`."""
-    length = q.shape[2]
-    if sums is None:
-        return _differentiable(_masked(settings))(grad, q, k, v)
-    is_causal = within(settings.reach, length) == CAUSAL
-    if is_causal:
-        k, v = (_repeated(part, settings) for part in (k, v))
-    else:
-        grad, q, out = (_folded(part, settings.shared) for part in (grad, q, out))
-    grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, sums, 0.0, is_causal, scale=1.0
-    )
-    if is_causal:
-        grad_k, grad_v = (torch.unflatten(part, 1, (settings.shared, -1)).sum(2) for part in (grad_k, grad_v))
-        return grad_q, grad_k, grad_v
-    return _unfolded(grad_q, settings.heads), grad_k, grad_v
+    """The gradients of queries, keys and values of `_mix`; takes its blocks' `sums` one by one."""
+    if settings.softcap is not None:
+        return _differentiable(_capped(settings))(grad, q, k, v)
+    flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    blocks = _blocks(settings.reach, q.shape[2], q.dtype)
+    found = []
+    for block in blocks:
+        one_grad, one_q, one_out, one_k, one_v = _parts(block, settings, (grad, q, out), (k, v))
+        grad_q, *grads = flash_backward(
+            one_grad, one_q, one_k, one_v, one_out, next(sums), 0.0, block.is_causal,
+            attn_mask=block.mask, scale=1.0,
+        )  # fmt: skip
+        if _folds(block):
+            grad_q = _unfolded(grad_q, settings.heads)
+        else:  # each key head stood there once for each of its query heads
+            grads = [torch.unflatten(one, 1, (settings.shared, -1)).sum(2) for one in grads]
+        found.append((grad_q, *grads))
+    if len(found) == 1:
+        return found[0]
+    grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+    for block, (_, *grads) in zip(blocks, found, strict=True):
+        grad_k[:, :, block.keys] += grads[0]
+        grad_v[:, :, block.keys] += grads[1]
+    return torch.cat([one[0] for one in found], dim=2), grad_k, grad_v
 
 
-def _repeated(x: Tensor, settings: AttentionSettings) -> Tensor:
-    """Key or value heads[N, G, L, C], each as often as it has query heads."""
-    return x.repeat_interleave(settings.heads // settings.shared, dim=1)
+def _folds(block: _Block) -> bool:
+    """Whether the query heads of a key head are taken as rows, which a mask of tokens does not allow."""
+    return block.mask is None and not block.is_causal
 
 
-def _masked(settings: AttentionSettings) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Attention of texts of one length, [N, heads, L, C], where a window or a softcap asks for it."""
+def _parts(
+    block: _Block, settings: AttentionSettings, of_queries: Sequence[Tensor], of_keys: Sequence[Tensor]
+) -> list[Tensor]:
+    """A block's part of each tensor[N, heads, L, C], with as many key heads as query heads."""
+    queries = [part[:, :, block.queries] for part in of_queries]
+    keys = [part[:, :, block.keys] for part in of_keys]
+    if _folds(block):
+        return [*(_folded(part, settings.shared) for part in queries), *keys]
+    times = settings.heads // settings.shared
+    return [*queries, *(part[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2) for part in keys)]
+
+
+def _capped(settings: AttentionSettings) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Attention of texts of one length, [N, heads, L, C], with capped scores."""
 
     def mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         texts, _, length, _ = q.shape
