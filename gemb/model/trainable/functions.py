@@ -181,6 +181,10 @@ def _pieces(rows: int, device: torch.device) -> Iterator[slice]:
         yield slice(first, min(first + step, rows))
 
 
+def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """The product x @ weight.T + bias, into `out` if given; no gradients."""
     if bias is None:
@@ -246,11 +250,14 @@ class _Product:
         """What `enter` needs of x."""
         return None if self._norm is None else self._norm.factors(x)
 
-    def leave_(self, grad: Tensor, entered: Tensor, factors: Tensor | None) -> Tensor:
-        """The gradient of x from that of what was multiplied, whose memory it takes."""
-        if self._norm is None or factors is None:
-            return grad
-        return self._norm.backward_(grad, entered, factors)
+    def leave_(self, grad: Tensor, entered: Tensor, factors: Tensor | None, out: Tensor) -> None:
+        """Write the gradient of x to `out`, from the product's; `entered` is what was multiplied."""
+        if out.dtype == grad.dtype:
+            torch.mm(grad, self.weight, out=out)
+        else:
+            out.copy_(grad @ self.weight)
+        if self._norm is not None and factors is not None:
+            self._norm.backward_(out, entered, factors)
 
     def zero_gradients(self, *, needs_weight: bool) -> None:
         """Make room for the gradients that `add_gradients` adds up."""
@@ -324,7 +331,7 @@ class _NormedLinear(torch.autograd.Function):
         result = x.new_empty(len(x), len(product.weight), dtype=dtype)
         factors = product.factors(x)
         for rows in _pieces(len(x), x.device):
-            entered = product.enter(x[rows], None if factors is None else factors[rows])
+            entered = product.enter(x[rows], _rows(factors, rows))
             _multiply(entered.to(dtype), product.weight, product.bias, result[rows])
         ctx.save_for_backward(x, gain, factors, *parts)
         ctx.settings = (norm, dtype, order, count)
@@ -339,12 +346,11 @@ class _NormedLinear(torch.autograd.Function):
         product.zero_gradients(needs_weight=any(ctx.needs_input_grad[6 : 6 + count]))
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         for rows in _pieces(len(x), x.device):
-            here = None if factors is None else factors[rows]
+            here = _rows(factors, rows)
             entered = product.enter(x[rows], here)
             product.add_gradients(grad[rows], entered.to(dtype))
             if grad_x is not None:
-                grad_entered = (grad[rows] @ product.weight).to(x.dtype)
-                grad_x[rows] = product.leave_(grad_entered, entered, here)
+                product.leave_(grad[rows], entered, here, grad_x[rows])
         grad_gain, grad_parts = product.gradients()
         return grad_x, grad_gain, None, None, None, None, *grad_parts
 
@@ -365,8 +371,8 @@ class _Returned(torch.autograd.Function):
         result = torch.empty_like(stream)
         before, factors = _room_for_after(x.dtype, stream, after_gain)
         for rows in _pieces(len(x), x.device):
-            back = _multiply(x[rows], product.weight, product.bias)
-            _write_after(rows, back, stream, after_gain, norm, adds, result, before, factors)
+            back = _multiply(x[rows], product.weight, product.bias, _rows(before, rows))
+            _write_after(rows, back, stream, after_gain, norm, adds, result, factors)
         ctx.save_for_backward(x, after_gain, before, factors, weight, bias)
         ctx.settings = (norm, adds)
         return result
@@ -409,19 +415,21 @@ def _write_after(
     norm: Norm | None,
     adds: bool,
     result: Tensor,
-    before: Tensor | None,
     factors: Tensor | None,
 ) -> None:
     """Some rows of the result: `back`, normed if there is a gain, added to the stream if told."""
-    if after_gain is None or norm is None or before is None or factors is None:
-        result[rows] = back
-    else:
-        before[rows] = back
-        back = back.to(stream.dtype)
+    back = back.to(stream.dtype)
+    if after_gain is not None and norm is not None and factors is not None:
         factors[rows] = norm.factors(back)
-        torch.mul(norm.unit(back, factors[rows]), after_gain + norm.offset, out=result[rows])
-    if adds:
-        result[rows] += stream[rows]
+        unit, gain = norm.unit(back, factors[rows]), after_gain + norm.offset
+        if adds:
+            torch.addcmul(stream[rows], unit, gain, out=result[rows])
+        else:
+            torch.mul(unit, gain, out=result[rows])
+    elif adds:
+        torch.add(back, stream[rows], out=result[rows])
+    else:
+        result[rows] = back
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,10 +463,10 @@ class _FeedForward(torch.autograd.Function):
         wide = None if settings.recomputes else x.new_empty(len(x), len(product.weight), dtype=dtype)
         before, after_factors = _room_for_after(dtype, x, after_gain)
         for rows in _pieces(len(x), x.device):
-            entered = product.enter(x[rows], None if factors is None else factors[rows]).to(dtype)
-            part = _multiply(entered, product.weight, product.bias, None if wide is None else wide[rows])
-            back = _multiply(_activated(part, settings), out.weight, out.bias)
-            _write_after(rows, back, x, after_gain, norm, settings.adds, result, before, after_factors)
+            entered = product.enter(x[rows], _rows(factors, rows)).to(dtype)
+            part = _multiply(entered, product.weight, product.bias, _rows(wide, rows))
+            back = _multiply(_activated(part, settings), out.weight, out.bias, _rows(before, rows))
+            _write_after(rows, back, x, after_gain, norm, settings.adds, result, after_factors)
         ctx.save_for_backward(
             x, gain, factors, after_gain, wide, before, after_factors, down, down_bias, *parts
         )
@@ -478,7 +486,7 @@ class _FeedForward(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         grad_after = None if after_gain is None else torch.zeros_like(after_gain)
         for rows in _pieces(len(x), x.device):
-            here = None if factors is None else factors[rows]
+            here = _rows(factors, rows)
             entered = product.enter(x[rows], here)
             narrow = entered.to(dtype)
             part = _multiply(narrow, product.weight, product.bias) if wide is None else wide[rows]
@@ -490,12 +498,9 @@ class _FeedForward(torch.autograd.Function):
             active, grad_part = _activated_backward(back @ out.weight, part, settings)
             out.add_gradients(back, active)
             product.add_gradients(grad_part, narrow)
-            grad_entered = (grad_part @ product.weight).to(x.dtype)
-            grad_here = product.leave_(grad_entered, entered, here)
+            product.leave_(grad_part, entered, here, grad_x[rows])
             if settings.adds:
-                torch.add(grad_here, grad[rows], out=grad_x[rows])
-            else:
-                grad_x[rows] = grad_here
+                grad_x[rows] += grad[rows]
         grad_gain, grad_parts = product.gradients()
         _, grad_down = out.gradients()
         return grad_x, grad_gain, grad_after, None, *grad_down, *grad_parts
