@@ -144,14 +144,16 @@ def write_tiny_gemma3(folder: Path, texts: Iterator[str], seed: int) -> None:
                 "post_feedforward_layernorm": (_WIDTH,),
             }.items()
         }
-    # Gemma's norms multiply by 1 + weight, so that zeros are the identity; matrices are drawn as in
-    # transformers, with the standard deviation of the config.
-    tensors = {
-        name: torch.zeros(shape)
-        if len(shape) == 1
-        else torch.randn(shape, generator=generator) * _CONFIG["initializer_range"]
-        for name, shape in shapes.items()
-    }
+    # Gemma's norms multiply by 1 + weight. Those after a sublayer begin at a tenth, so that the layers add
+    # little to the words at first: what random layers add is noise (as LayerScale, arXiv 2103.17239).
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:
+            # Scaled by the root of the width, the table's rows then have a root mean square of 1.
+            deviation = _WIDTH**-0.5 if name == "embed_tokens.weight" else _CONFIG["initializer_range"]
+            torch.nn.init.normal_(tensor, std=deviation, generator=generator)
+        elif "post_" in name:
+            tensor.fill_(-0.9)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", {**_CONFIG, "vocab_size": entries})
     kinds = ("Transformer", "Pooling", "Normalize")

@@ -63,7 +63,7 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    spawn(train_on_one_rank, args=(2, port, tmp_path), nprocs=2)
+    spawn(train_on_one_rank, args=(2, port, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
     alone = torch.load(tmp_path / "1-0.pt")
     for index in (0, 1):
         together = torch.load(tmp_path / f"2-{index}.pt")

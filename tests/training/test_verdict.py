@@ -28,7 +28,8 @@ def test_the_interval_is_that_of_the_mean_difference() -> None:
     error = 1.96 * difference.std() / np.sqrt(400)
     assert found.low == pytest.approx(difference.mean() - error, abs=0.004)  # of 2,000 resamples
     assert found.high == pytest.approx(difference.mean() + error, abs=0.004)
-    assert (found.before, found.after, found.queries) == (0.0, pytest.approx(difference.mean()), 400)
+    assert found.after == pytest.approx(difference.mean())
+    assert (found.before, found.queries) == (0.0, 400)
 
 
 def test_a_verdict_is_one_line() -> None:
