@@ -28,7 +28,15 @@ from gemb.retrieval.queries import QueryEncoder, check_query, check_shared
 from gemb.retrieval.several import Found, Wanted, parse_where, search_all
 from gemb.store.catalogue import DATABASE
 from gemb.text.inputs import STDIN
-from gemb.text.records import ReadOptions, Record, Reject, read_records, resolve_inputs
+from gemb.text.records import (
+    QUERY_ID_FIELDS,
+    QUERY_TEXT_FIELDS,
+    ReadOptions,
+    Record,
+    Reject,
+    read_records,
+    resolve_inputs,
+)
 from gemb.vectors import bad_rows, open_vectors
 
 BATCH_QUERIES = 256
@@ -69,11 +77,11 @@ class SearchRecipe(ComputeRecipe):
     format: Literal["auto", "table", "jsonl", "trec"] = "auto"
     """How hits are written; auto is a table on a terminal and one JSON object a hit in a pipe."""
     text_field: str | None = None
-    """The field of a file of queries that holds the query; by default the first of text, contents, content,
-    passage, body, sentence, document."""
+    """The field of a file of queries that holds the query; by default the first of query, text, contents,
+    content, passage, body, sentence, document."""
     id_field: str | None = None
-    """The field that names a query; by default the first of id, _id, doc_id, docid, custom_id, else the line
-    number."""
+    """The field that names a query; by default the first of query_id, qid, id, _id, doc_id, docid, custom_id,
+    else the line number."""
     fail_empty: bool = False
     """End with exit code 8 when nothing is found for a query."""
 
@@ -307,7 +315,13 @@ def _queries(recipe: SearchRecipe) -> Iterator[Queries]:
 
 
 def _queries_in_file(recipe: SearchRecipe, name: str) -> Iterator[Queries]:
-    options = ReadOptions(text_field=recipe.text_field, id_field=recipe.id_field, use_titles=False)
+    options = ReadOptions(
+        text_field=recipe.text_field,
+        id_field=recipe.id_field,
+        text_fields=QUERY_TEXT_FIELDS,
+        id_fields=QUERY_ID_FIELDS,
+        use_titles=False,
+    )
     records = read_records(resolve_inputs([name]), options)
     while batch := list(islice(records, BATCH_QUERIES)):
         good: list[Record] = []

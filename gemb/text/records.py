@@ -35,6 +35,9 @@ __all__ = ["InputFile", "ReadOptions", "Record", "Reject", "check_fields", "read
 ID_FIELDS = ("id", "_id", "doc_id", "docid", "custom_id")
 TEXT_FIELDS = ("text", "contents", "content", "passage", "body", "sentence", "document")
 TITLE_FIELDS = ("title",)
+QUERY_ID_FIELDS = ("query_id", "qid", *ID_FIELDS)
+QUERY_TEXT_FIELDS = ("query", *TEXT_FIELDS)
+"""Of files of queries, where these names say more than the others."""
 
 EMPTY_TEXT = "empty text"
 """The reason of a row whose text is empty or white space only."""
@@ -85,11 +88,13 @@ class ReadOptions:
     """Which fields of a row are read, and which rows."""
 
     text_field: str | None = None
-    """None: the first of `TEXT_FIELDS` that the row has."""
+    """None: the first of `text_fields` that the row has."""
     title_field: str | None = None
     """None: `TITLE_FIELDS`. A row may lack it."""
     id_field: str | None = None
-    """None: the first of `ID_FIELDS` that the row has, else its line; `FILE:LINE` for several files."""
+    """None: the first of `id_fields` that the row has, else its line; `FILE:LINE` for several files."""
+    text_fields: tuple[str, ...] = TEXT_FIELDS
+    id_fields: tuple[str, ...] = ID_FIELDS
     use_titles: bool = True
     """False where the prompt ignores titles: none is read then, and none makes up for an empty text."""
     keep_fields: bool = False
@@ -208,8 +213,8 @@ class _Rows:
         self.position = position
         self.seen_fields: dict[str, None] = {}
         self._line_id_prefix = "" if number_ids else f"{file.name}:"
-        self._id_fields = (options.id_field,) if options.id_field else ID_FIELDS
-        self._text_fields = (options.text_field,) if options.text_field else TEXT_FIELDS
+        self._id_fields = (options.id_field,) if options.id_field else options.id_fields
+        self._text_fields = (options.text_field,) if options.text_field else options.text_fields
         self._title_fields = (options.title_field,) if options.title_field else TITLE_FIELDS
         self.may_lack_text = options.text_optional and options.text_field is None
 

@@ -103,6 +103,22 @@ def test_queries_from_any_file_in_any_batches_are_answered_as_one_by_one(
             assert report.title.startswith("answered 5 queries in ")
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query_id": "q7", "query": QUERY},
+        {"qid": "q7", "query": QUERY, "text": "the passage that answers it", "id": "p1"},
+        {"_id": "q7", "query": QUERY},
+    ],
+)
+def test_the_usual_names_of_queries_are_found(films: Path, tmp_path: Path, row: dict[str, str]) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(row) + "\n", "utf-8")
+    hits = ask(films, queries=str(path), k=3)[1]
+    assert ids(hits) == ids(ask(films, query=QUERY, k=3)[1])
+    assert {hit["query"] for hit in hits} == {"q7"}
+
+
 def test_ready_vectors_give_the_hits_of_their_texts(films: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "q.npy", minilm().embed(TEXTS, as_="query"))
     hits = ask(films, vectors=tmp_path / "q.npy", k=2)[1]
@@ -291,7 +307,7 @@ def test_bad_rows_in_a_file_of_queries_are_told_with_their_lines(films: Path, tm
     assert refused(films, queries=str(path)) == f"{path}:2: empty text; correct the queries"
     path.write_text('{"id": "a", "question": "x"}\n', "utf-8")
     assert refused(films, queries=str(path)) == (
-        f'{path}:1: no "text"; this line has id, question; name its field with --text-field'
+        f'{path}:1: no "query"; this line has id, question; name its field with --text-field'
     )
     assert len(ask(films, queries=str(path), text_field="question", k=1)[1]) == 1
 
