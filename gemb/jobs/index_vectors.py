@@ -7,6 +7,7 @@ over, as `gemb embed` passed over what it rejected.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from gemb.engine.windows import Refusal
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from gemb.jobs.index_setup import IndexSetup
 
 BLOCK_ROWS = 4096
+EXPORTED_FIELDS = {"passage", "metadata"}
+"""What a row of `gemb index export` has besides id, title, text and vector."""
 
 DocumentOf = Callable[[Record, list[Refusal]], Document | None]
 """The document of a record; None, with a refusal added, if it cannot be kept."""
@@ -68,7 +72,7 @@ def ready_rows(setup: IndexSetup, document_of: DocumentOf) -> Iterator[Rows]:
     if not setup.inputs:
         yield from _without_input(vectors, ids or vectors.iter_ids())
         return
-    records = read_records(setup.inputs, setup.read_options)
+    records = map(_as_indexed, read_records(setup.inputs, setup.read_options))
     name = ", ".join(file.name for file in setup.inputs)
     own = [file.path for file in setup.inputs] == [vectors.path]
     if ids is None or own:
@@ -94,6 +98,27 @@ def _ids(vectors: VectorFile, path: Path | None) -> Iterator[str] | None:
         )
     is_matrix = kind_of(vectors.path) in ("npy", "safetensors", "fbin")
     return None if is_matrix and not ids_path(vectors.path).exists() else vectors.iter_ids()
+
+
+def _as_indexed(record: Record | Reject) -> Record | Reject:
+    """The record; of a row that `gemb index export` wrote, with the metadata that it had in the index.
+
+    Raises GembError for a passage: an export has the passages of a text, and not what lay between them.
+    """
+    if isinstance(record, Reject) or record.fields.keys() != EXPORTED_FIELDS:
+        return record
+    if record.fields["passage"] not in (None, 0):
+        raise GembError(
+            f"{record.source}:{record.line}: a further passage of {record.id!r}; documents in passages "
+            "cannot be made again from an export, index their texts"
+        )
+    metadata = record.fields["metadata"]
+    if isinstance(metadata, str):  # Parquet
+        with contextlib.suppress(orjson.JSONDecodeError):
+            metadata = orjson.loads(metadata)
+    if isinstance(metadata, dict):
+        record.fields = metadata
+    return record
 
 
 def _without_input(vectors: VectorFile, ids: Iterator[str]) -> Iterator[Rows]:

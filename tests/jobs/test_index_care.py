@@ -218,6 +218,34 @@ def test_an_export_takes_a_filter_and_makes_an_index_again(made: Path) -> None:
     assert (hit.id, hit.title, hit.text) == ("d4", "title 4", "text 4")
 
 
+@pytest.mark.parametrize("name", ["some.parquet", "some.jsonl", "some.npy"])
+def test_an_index_made_from_an_export_is_the_same(made: Path, name: str) -> None:
+    output, again = made.parent / name, made.parent / "again.gemb"
+    export(made, output, where="id != 'long'")
+    texts = (str(output.with_suffix(".documents.jsonl")),) if name.endswith("npy") else ()
+    run_index(IndexRecipe(inputs=texts, vectors=output, output=again, dtype="f32"))
+    with Index.open(again) as index:
+        assert index.fields() == {"year": "number", "tags": "list"}
+        (block,) = index.export()
+    assert block.documents == DOCUMENTS
+    np.testing.assert_allclose(block.vectors, VECTORS, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["all.parquet", "all.jsonl", "all.npy"])
+def test_an_export_with_documents_in_passages_makes_no_index(made: Path, name: str) -> None:
+    output, again = made.parent / name, made.parent / "again.gemb"
+    export(made, output)
+    source = output.with_suffix(".documents.jsonl") if name.endswith("npy") else output
+    texts = (str(source),) if source != output else ()
+    with pytest.raises(GembError) as raised:
+        run_index(IndexRecipe(inputs=texts, vectors=output, output=again, on_error="skip"))
+    assert str(raised.value) == (
+        f"{source}:42: a further passage of 'long'; documents in passages cannot be made again from an "
+        "export, index their texts"
+    )
+    assert not again.exists()
+
+
 def test_an_export_is_whole_or_absent(made: Path) -> None:
     output = made.parent / "docs.npy"
     damage(made)
