@@ -186,6 +186,8 @@ class Writer:
                     self._begin()
                     self._catalogue.put_metadata(entry.key, document)
                 self.changes.changed += 1
+                self._rows_since += 1  # not a row, but as much to lose
+        self._commit_if_due()
         return Compared(needed, repeated)
 
     def put(
@@ -232,8 +234,7 @@ class Writer:
             self._add(documents, keys_replaced, contents, spans, stored, counts)
         self.changes.changed += len(keys_replaced)
         self.changes.added += len(documents) - len(keys_replaced)
-        if self._rows_since >= COMMIT_ROWS or time.monotonic() - self._committed_at > COMMIT_SECONDS:
-            self.commit()
+        self._commit_if_due()
 
     def _add(
         self,
@@ -277,8 +278,7 @@ class Writer:
                 counts,
             )
         self.changes.added += len(documents)
-        if self._rows_since >= COMMIT_ROWS:
-            self.commit()
+        self._commit_if_due()
 
     def delete(self, ids: Iterable[str]) -> list[str]:
         """Removes the documents with these ids, at the next commit; returns the ids that are not there."""
@@ -417,6 +417,10 @@ class Writer:
                 f"the vector of {documents[owner].id!r} is {what}; it would ruin every ranking, leave it out"
             )
         return cut(vectors, self.settings.dims, normalise=True)
+
+    def _commit_if_due(self) -> None:
+        if self._rows_since >= COMMIT_ROWS or time.monotonic() - self._committed_at > COMMIT_SECONDS:
+            self.commit()
 
     def _begin(self) -> None:
         if not self._catalogue.in_transaction:

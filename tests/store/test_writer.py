@@ -3,6 +3,7 @@
 import os
 import sqlite3
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,22 @@ def test_a_writer_commits_by_itself_after_a_while(
         time.sleep(0.001)
         writer.put(documents(0, 3), rows[:3])
         assert len(writer.segments()) == 1
+
+
+def test_changes_of_metadata_alone_are_committed_by_and_by_too(
+    tmp_path: Path, rows: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path / "x.gemb", rows[:20])
+    monkeypatch.setattr(writing, "COMMIT_ROWS", 8)
+    changed = [replace(document, metadata={"n": 1}) for document in documents(0, 20)]
+    writer = Writer.open(path)
+    for start in range(0, 20, 5):
+        assert writer.compare(changed[start : start + 5]).needed == []
+    writer.abandon()
+    with Index.open(path) as index:
+        found = index.get([document.id for document in changed])
+    assert sum(document.metadata == {"n": 1} for document in found.values()) == 20
+    assert verify(path).faults == []
 
 
 def test_many_small_commits_leave_few_segments(tmp_path: Path, rows: NDArray[np.float32]) -> None:
