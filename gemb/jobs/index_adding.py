@@ -224,6 +224,7 @@ class Adding:
         seconds = setup.recipe.max_seconds
         self._deadline = None if seconds is None else began + seconds
         self._turn = threading.Lock()  # the index, the rejects and the counts belong to one thread at a time
+        self._reads_no_more = False
         self._flying: dict[int, Document] = {}  # documents on their way to vectors, by number of record
         self._flying_ids: set[str] = set()
         self._handed = 0  # documents found new or changed
@@ -301,7 +302,7 @@ class Adding:
         except StopIteration:
             return
         except BaseException:
-            ahead.close()
+            self._end_reading(ahead)
             raise
         self._outcome.device_line = engine.device_line
         self._outcome.notes += engine.notes
@@ -317,12 +318,18 @@ class Adding:
                     on_piece=self._watch.computed,
                 )
             finally:
-                ahead.close()
+                self._end_reading(ahead)
                 engine.close()
         if windows.more:
             self._outcome.more = True
         if not stop.is_set() and (not windows.ended or self._flying):
             raise RuntimeError(f"{len(self._flying):,} documents were read and not put into the index")
+
+    def _end_reading(self, ahead: ReadAhead[Window]) -> None:
+        """When this returns, the thread that reads is done with the index, though it may still run."""
+        ahead.close()
+        with self._turn:
+            self._reads_no_more = True
 
     def _cache_of(self, place: Path, encoding: Encoding) -> partial[VectorCache]:
         recipe = self._setup.recipe
@@ -376,6 +383,8 @@ class Adding:
             else:
                 refusals.append(Refusal(item.source, item.line, item.index, item.id, item.reason))
         with self._turn:
+            if self._reads_no_more:
+                return
             compared = self._writer.compare(documents)
             needed, repeated = [], set(compared.repeated)
             for place in compared.needed:
@@ -600,12 +609,15 @@ class Putting:
             self._cache = self._open_cache()  # here: SQLite belongs to one thread
         self._put(window, self._cache)
 
+    def _close_cache(self) -> None:
+        if self._cache is not None:
+            self._cache.close()
+
     def __enter__(self) -> Putting:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
-        if self._cache is not None:
-            self._thread.submit(self._cache.close)
+        self._thread.submit(self._close_cache)
         self._thread.shutdown(wait=True)
         if self._last is not None and kind is None:  # else there is a failure to tell already
             self._last.result()

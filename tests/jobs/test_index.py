@@ -9,6 +9,8 @@ import shutil
 import signal
 import sqlite3
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +30,7 @@ from gemb.jobs.embed import EmbedRecipe
 from gemb.jobs.index import IndexRecipe
 from gemb.report import Event, Report
 from gemb.store import Index, Writer
+from gemb.store.writer import Compared
 from gemb.vectors import calibrate
 from tests.fakes import FakeEngine, expected, fake_folder, fake_vector, words
 
@@ -595,6 +598,45 @@ def test_after_a_bug_of_the_engine_the_next_run_ends_well(bench: Bench) -> None:
         bench.run(source)
     bench.engine = FakeEngine
     assert bench.run(source).data["documents"] == 80
+
+
+def test_nothing_is_compared_while_an_error_has_the_index_committed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that reads may be in the middle of many changes of metadata then."""
+    bench.run(bench.write(rows_of(40)))
+    entered, comparing, overlaps = threading.Event(), threading.Event(), []
+    compare, commit = Writer.compare, Writer.commit
+
+    def slow_compare(self: Writer, *arguments: Any) -> Compared:  # noqa: ANN401
+        if threading.current_thread() is threading.main_thread():
+            return compare(self, *arguments)
+        comparing.set()
+        entered.set()
+        time.sleep(0.3)
+        compared = compare(self, *arguments)
+        comparing.clear()
+        return compared
+
+    def watched_commit(self: Writer) -> None:
+        overlaps.append(comparing.is_set())
+        commit(self)
+
+    def fail() -> FakeEngine:
+        assert entered.wait(10)
+        raise GembError("no such engine")
+
+    monkeypatch.setattr("gemb.engine.windows.FIRST_CHARACTERS", 10_000)
+    monkeypatch.setattr(index_adding, "FIRST_WINDOW_SECONDS", 0.05)
+    monkeypatch.setattr(Writer, "compare", slow_compare)
+    monkeypatch.setattr(Writer, "commit", watched_commit)
+    bench.engine = fail
+    rows = [{"id": "new", "text": "w1"}, *({**row, "year": 1} for row in rows_of(40))]
+    with pytest.raises(GembError, match="no such engine"):
+        bench.run(bench.write(rows))
+    assert overlaps
+    assert not any(overlaps)
+    assert care.verify(bench.path).data["sound"] is True
 
 
 def test_a_signal_while_the_graph_is_built_keeps_all_documents(
