@@ -32,6 +32,7 @@ _TABLES = """
 CREATE TABLE queries (number INTEGER PRIMARY KEY, key BLOB UNIQUE);
 CREATE TABLE passages (number INTEGER PRIMARY KEY, key BLOB UNIQUE, start INTEGER, length INTEGER);
 CREATE TABLE names (key BLOB, passage INTEGER, PRIMARY KEY (key, passage)) WITHOUT ROWID;
+CREATE INDEX names_of ON names (passage);
 CREATE TABLE positives (query INTEGER, passage INTEGER, PRIMARY KEY (query, passage)) WITHOUT ROWID;
 """
 _FORBIDDEN = """
