@@ -25,6 +25,8 @@ PREFIX_CANDIDATES = 100
 """The same where codes are a prefix of the vectors; at least five times k."""
 SUBSET_SHARE = 0.1
 """Of a filter that keeps a smaller share of the rows, exactly these rows are scanned."""
+FETCHED_SHARE = 40
+"""A graph that gave one of so many rows, and still too few chosen ones, is left for a cheaper scan."""
 SCAN_QUERIES = 64
 SCAN_VALUES = 50_000_000
 """With so many queries at once, a scan of up to so many code values costs less than the graph.
@@ -169,7 +171,7 @@ class LiveSegment:
             short = np.flatnonzero((rows >= 0).sum(axis=1) < enough)
             if not short.size:
                 return rows
-            if fetched >= segment.rows // 4:
+            if fetched >= segment.rows // FETCHED_SHARE:
                 scanned, _ = self._scan_codes(queries.part(short), count, chosen)
                 rows = _widened(rows, scanned.shape[1])
                 rows[short] = _widened(scanned, rows.shape[1])

@@ -43,8 +43,8 @@ from gemb.store.graph import GraphShape
 from gemb.store.segments import PASS_ROWS, Checksums, Segment, SegmentRecord, SegmentWriter, spread
 from gemb.vectors import Int8Ranges, Layout, bad_rows, calibrate, cut
 
-GRAPH_ROWS = 20_000
-"""Rows from which a segment gets a graph; below, a scan of its codes answers one query as quickly."""
+GRAPH_ROWS = 10_000
+"""Rows from which a segment gets a graph; below, a scan of its codes answers one query about as quickly."""
 SEGMENT_BYTES = 1 << 30
 """Codes and links of the largest graph that is built in one piece: what a build holds in memory."""
 COMMIT_ROWS = 131_072
