@@ -1,8 +1,8 @@
 """What `gemb train quickstart` needs and every machine has: pairs from docstrings, and a model to begin with.
 
 The pairs come from the Python standard library: the words of a dotted name find its docstring, and the first
-paragraph of a docstring finds the rest. A tenth of the modules is held out, so that no text of a module is
-on both sides. The model is a small Gemma 3 encoder with random weights whose vocabulary is made from the
+paragraph of a docstring finds the rest. A tenth of the docstrings is held out, equal ones on the same side.
+The model is a small Gemma 3 encoder with random weights whose vocabulary is made from the
 texts, so that nothing is downloaded.
 """
 
@@ -93,8 +93,7 @@ def docstring_pairs(library: Path) -> Iterator[tuple[str, str, str]]:
     from gemb.jobs.demo import docstrings
 
     for found in docstrings(library):
-        module = found.name.partition(".")[0]
-        digest = blake2b(module.encode(), digest_size=4).digest()
+        digest = blake2b(found.text.encode(), digest_size=4).digest()
         name = HELD_OUT if int.from_bytes(digest, "big") % 10 < _HELD_OUT_TENTHS else DOCSTRINGS
         summary, _, body = found.text.partition("\n\n")
         words = _words_of(found.name)

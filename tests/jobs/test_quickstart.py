@@ -24,7 +24,7 @@ def rows_of(file: Path) -> list[dict[str, str]]:
 def test_every_machine_has_thousands_of_pairs_and_hundreds_held_out(files: dict[str, Path]) -> None:
     counts = {name: len(rows_of(file)) for name, file in files.items()}
     assert counts[DOCSTRINGS] > 4000
-    assert 200 < counts[HELD_OUT] < counts[DOCSTRINGS] / 3
+    assert 400 < counts[HELD_OUT] < counts[DOCSTRINGS] / 5
     for row in rows_of(files[DOCSTRINGS])[:100]:
         assert row["query"].strip()
         assert len(row["positive"]) <= 800
@@ -41,23 +41,31 @@ def read_oneLine():
 '''
 
 
-def test_no_module_is_on_both_sides(tmp_path: Path) -> None:
-    names = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa")
-    for name in names:
-        (tmp_path / f"{name}.py").write_text(MODULE.format(name), "utf-8")
-    pairs = list(docstring_pairs(tmp_path))
-    assert len(pairs) == 3 * len(names)
-    for name in names:
-        assert len({side for side, query, _ in pairs if name in query.split()}) == 1
-    found = {(query, positive) for _, query, positive in pairs if "alpha" in query.split()}
-    assert found == {
+def test_pairs_are_names_with_docstrings_and_summaries_with_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "alpha.py").write_text(MODULE.format("alpha"), "utf-8")
+    assert [pair[1:] for pair in docstring_pairs(tmp_path)] == [
         ("alpha", MODULE.format("alpha").partition('"""')[2].partition('"""')[0]),
-        ("alpha read one Line", "Read one line of alpha, and say so at some length."),
         (
             "The module alpha of the library, long enough to count.",
             "alpha: And a second paragraph about alpha that says more than the first one does.",
         ),
-    }
+        ("alpha read one Line", "Read one line of alpha, and say so at some length."),
+    ]
+
+
+def test_equal_docstrings_and_both_pairs_of_one_are_on_the_same_side(tmp_path: Path) -> None:
+    for number in range(80):  # 40 docstrings of modules, each twice
+        (tmp_path / f"m{number}.py").write_text(MODULE.format(f"name{number % 40}"), "utf-8")
+    sides: dict[str, set[str]] = {}
+    for side, query, positive in docstring_pairs(tmp_path):
+        word = next(
+            word for word in f"{query} {positive}".replace(",", "").split() if word.startswith("name")
+        )
+        kind = "line" if "Line" in query else "module"
+        sides.setdefault(f"{word} {kind}", set()).add(side)
+    assert len(sides) == 80
+    assert all(len(one) == 1 for one in sides.values())
+    assert {side for one in sides.values() for side in one} == {DOCSTRINGS, HELD_OUT}
 
 
 def test_files_that_are_there_are_left_alone(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
