@@ -121,7 +121,7 @@ def _catalogue(folder: Path, verdict: Verdict) -> Iterator[Catalogue | None]:
             except GembError as error:
                 if isinstance(error, MachineError) and not isinstance(error, DamagedError):
                     raise  # a disk that is full or fails says nothing about the index
-                verdict.faults.append(Fault(path, str(error)))
+                verdict.faults.append(_fault(folder, path, error))
                 yield None
                 return
             stack.callback(catalogue.close)
@@ -139,7 +139,7 @@ def _check_all(catalogue: Catalogue, verdict: Verdict, on_file: Callable[[Path],
         settings, entries = catalogue.settings(), catalogue.segments()
         _check_documents(catalogue, verdict)
     except GembError as error:
-        verdict.faults.append(Fault(catalogue.path, str(error)))
+        verdict.faults.append(_fault(catalogue.folder, catalogue.path, error))
         return
     try:
         for entry in entries:
@@ -147,9 +147,15 @@ def _check_all(catalogue: Catalogue, verdict: Verdict, on_file: Callable[[Path],
         _check_rows(catalogue, settings, entries, verdict)
         _note_orphans(catalogue, entries, verdict)
     except GembError as error:
-        verdict.faults.append(Fault(catalogue.path, str(error)))
+        verdict.faults.append(_fault(catalogue.folder, catalogue.path, error))
     finally:
         catalogue.roll_back()
+
+
+def _fault(folder: Path, path: Path, error: GembError) -> Fault:
+    """What an error says of a file, without its name and the advice to verify: the reader has both."""
+    what = str(error).removesuffix(f"; {advice(folder)}")
+    return Fault(path, what.removeprefix(f"{path} is damaged: "))
 
 
 def _check_documents(catalogue: Catalogue, verdict: Verdict) -> None:

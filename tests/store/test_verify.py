@@ -241,3 +241,12 @@ def test_int8_ranges_and_passages_survive_a_rebuild(tmp_path: Path, rows: NDArra
     assert contents(path) == before
     with Index.open(path) as index:
         assert index.search(rows[5])[0][0].passage == (2, 3)
+
+
+def test_a_fault_of_the_database_names_its_file_once_and_gives_no_advice(index: Path) -> None:
+    (index / "index.db").write_bytes((index / "index.db").read_bytes()[:5000])
+    verdict = verify(index)
+    assert [(fault.file, fault.what) for fault in verdict.faults] == [
+        (index / "index.db", "database disk image is malformed")
+    ]
+    assert verdict.remedy == f"gemb index rebuild {index}"
