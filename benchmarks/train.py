@@ -242,7 +242,7 @@ def trainers(folder: Path, batch_size: int, *, cached: bool, width: int) -> list
     )
     if not cached:
         return [plain, peer]
-    gradcache = replace(plain, name="gemb-gradcache", tokens_with_graph=0, tokens_per_chunk=4096)
+    gradcache = replace(plain, name="gemb-gradcache", tokens_with_graph=0)
     return [plain, gradcache, peer]
 
 

@@ -41,7 +41,7 @@ class TrainerSettings:
     """Matryoshka sizes, largest first."""
     tokens_with_graph: int = 1 << 30
     """gemb: a batch with more tokens is encoded twice (GradCache)."""
-    tokens_per_chunk: int = 1 << 30
+    tokens_per_chunk: int = 4096
     """gemb: tokens encoded at once."""
     cached: bool = False
     """sentence-transformers: the Cached loss, which is GradCache, at its own mini-batch size."""
