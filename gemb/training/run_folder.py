@@ -2,6 +2,7 @@
 
     OUTPUT.partial/           while the run goes on
       job.json                what was asked for: recipe, model, data, versions
+      memory.json             how batches are cut to fit the memory, found before the first step
       run/metrics.jsonl       a line for every step and evaluation
       run/report.html         the same as pictures, written anew with every checkpoint
       run/baseline.json       the scores before the first step
@@ -38,6 +39,7 @@ class RunFolder:
         self.checkpoints = self.run / "checkpoints"
         self.metrics = self.run / "metrics.jsonl"
         self.report = self.run / "report.html"
+        self.memory = self.partial / "memory.json"
         self.baseline = self.run / "baseline.json"
         self.tensorboard = self.run / "tensorboard"
         self.base = self.partial / "base"
@@ -80,6 +82,7 @@ class RunFolder:
                     raise
                 with os_errors_explained(self.run):
                     file.unlink()
+                    self.memory.unlink(missing_ok=True)
                     shutil.rmtree(self.run)
                     self.run.mkdir()
             else:

@@ -81,9 +81,7 @@ class Session:
         checkpoints = Checkpoints(setup.folder.checkpoints, keep=recipe.checkpoint.keep)
         steps = checkpoints.steps()
         progress = (
-            Progress.from_json(checkpoints.state(steps[-1]))
-            if steps
-            else Progress(MemoryPlanner(setup, self.encoder).plan())
+            Progress.from_json(checkpoints.state(steps[-1])) if steps else Progress(self._memory_plan())
         )
         optimizer = recipe.optimizer
         if recipe.ema is not None:
@@ -184,6 +182,16 @@ class Session:
             training.restore(best)
         with self.average.applied() if self.average is not None else nullcontext():
             yield
+
+    def _memory_plan(self) -> MemoryPlan:
+        """How batches are cut: found once a run, since the last digits of the weights depend on it."""
+        file = self.setup.folder.memory
+        if file.is_file():
+            return MemoryPlan(**read_json(file))
+        plan = MemoryPlanner(self.setup, self.encoder).plan()
+        if self.setup.ranks.is_first:
+            write_json(file, plan)
+        return plan
 
     def _checkpoint_every(self) -> int:
         wanted = self.setup.recipe.checkpoint.every

@@ -217,6 +217,29 @@ def test_a_run_killed_anywhere_and_rerun_has_the_same_weights_to_the_bit(
     assert metrics(output) == metrics(whole[1])
 
 
+def test_a_run_killed_before_its_first_checkpoint_cuts_its_batches_as_before(
+    whole: tuple[Report, Path], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gemb.training.gradients import MemoryPlan
+    from gemb.training.session import MemoryPlanner
+
+    class Gone(Exception):
+        """The process is no more."""
+
+    def on_progress(event: Event) -> None:
+        if event.stage == "training" and event.done == 2:
+            raise Gone
+
+    recipe = load(place / "r.yaml", TrainRecipe, (), {"output": tmp_path / "out"})
+    with pytest.raises(Gone):
+        run(recipe, on_progress)
+    assert not (tmp_path / "out.partial/run/checkpoints").exists()
+    # Less memory is free now than then.
+    monkeypatch.setattr(MemoryPlanner, "plan", lambda self: MemoryPlan(48, 48))
+    run(recipe)
+    assert same(tmp_path / "out", whole[1])
+
+
 def test_another_recipe_on_an_unfinished_run_is_refused_and_overwrite_starts_anew(
     place: Path, tmp_path: Path
 ) -> None:
