@@ -31,7 +31,12 @@ def eval(  # shadows the builtin, which nobody here needs
     max_tokens: Annotated[int | None, option(EvalRecipe, "max_tokens")] = None,
     output: Annotated[Path | None, option(EvalRecipe, "output")] = None,
     plot: Annotated[Path | None, option(EvalRecipe, "plot")] = None,
+    space: Annotated[Path | None, option(EvalRecipe, "space")] = None,
+    cache: Annotated[Path | None, option(EvalRecipe, "cache")] = None,
     fail_on_regression: Annotated[bool | None, option(EvalRecipe, "fail_on_regression")] = None,
+    fail_under: Annotated[
+        tuple[str, float] | None, option(EvalRecipe, "fail_under", metavar="METRIC VALUE")
+    ] = None,
     device: Annotated[str | None, option(EvalRecipe, "device")] = None,
     precision: Annotated[str | None, option(EvalRecipe, "precision")] = None,
     threads: Annotated[int | None, option(EvalRecipe, "threads")] = None,
@@ -67,7 +72,10 @@ def eval(  # shadows the builtin, which nobody here needs
         "max_tokens": max_tokens,
         "output": output,
         "plot": plot,
+        "space": space,
+        "cache": cache,
         "fail_on_regression": fail_on_regression,
+        "fail_under": fail_under,
         "device": device,
         "precision": precision,
         "threads": threads,

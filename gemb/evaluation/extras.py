@@ -6,13 +6,13 @@ from types import ModuleType
 from gemb.errors import UnavailableError
 
 
-def load(module: str) -> ModuleType:
-    """A module of the `eval` extra. Raises UnavailableError with the pip line where it is not installed."""
+def load(module: str, *, extra: str = "eval") -> ModuleType:
+    """A module of an extra of gemb. Raises UnavailableError with the pip line where it is not installed."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             raise
         raise UnavailableError(
-            f"{error.name} is not installed, which evaluation needs; pip install 'gemb[eval]'"
+            f"{error.name} is not installed, which evaluation needs; pip install 'gemb[{extra}]'"
         ) from error

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from gemb.evaluation.extras import load
 from gemb.evaluation.running import Result
+from gemb.evaluation.space import BINS, RATIO_RANGE, Numbers, Space
 from gemb.evaluation.views import BITS
 from gemb.files import atomic_write
 
@@ -36,6 +40,61 @@ def draw_sizes(results: Sequence[Result], path: Path) -> None:
     figure.suptitle(f"Quality and size: {shown}")
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
+
+
+def draw_spaces(spaces: Sequence[tuple[str, Space]], path: Path) -> None:
+    """A PNG with a row a space, each with the name of its model: both towers, nearest cosines, ratios."""
+    figures = load("matplotlib.figure")
+    figure = figures.Figure(figsize=(13, 4.6 * len(spaces)), dpi=130, layout="constrained")
+    rows = figure.subplots(len(spaces), 3, squeeze=False)
+    for (model, space), (towers, nearest, balance) in zip(spaces, rows, strict=True):
+        _draw_towers(space, towers)
+        towers.set_ylabel(f"{space.name}, {model}", fontsize="large")
+        shown = (min(0.0, float(space.top1.min())), 1.0)
+        _draw_histogram(nearest, space.top1, shown, _COLOURS[0])
+        _title(
+            nearest,
+            "nearest document of each query",
+            f"alignment {space.alignment:.3f}; uniformity of queries {space.query_uniformity:.2f}, "
+            f"of documents {space.document_uniformity:.2f}",
+        )
+        nearest.set(xlabel="cosine", ylabel="queries")
+        balance.axvline(1, color=_COLOURS[1], label="balanced: 1")
+        _draw_histogram(balance, space.ratios, RATIO_RANGE, _COLOURS[2])
+        outside = 1 - np.mean((space.ratios >= RATIO_RANGE[0]) & (space.ratios <= RATIO_RANGE[1]))
+        _title(balance, "self-balancing ratio of random pairs", f"{outside:.0%} lie outside of the picture")
+        balance.set(xlabel="s(query i, query j) / s(query i, document j)", ylabel="pairs")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def _draw_towers(space: Space, axes: Any) -> None:  # noqa: ANN401  # matplotlib is an extra
+    for number, (name, colour) in enumerate((("queries", _COLOURS[0]), ("documents", _COLOURS[1]))):
+        places = space.places[number * space.pairs : (number + 1) * space.pairs]
+        axes.scatter(*places.T, s=10, alpha=0.65, linewidths=0, color=colour, label=name)
+    axes.set(xticks=[], yticks=[])
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, markerscale=2, frameon=False)
+    _title(
+        axes,
+        f"t-SNE of {space.pairs} queries and their documents",
+        f"a linear probe tells {space.probe_accuracy:.0%} of them apart; gap of the means {space.gap:.3f}",
+    )
+
+
+def _draw_histogram(
+    axes: Any,  # noqa: ANN401
+    values: Numbers,
+    between: tuple[float, float],
+    colour: str,
+) -> None:
+    axes.hist(values, bins=BINS, range=between, color=colour)
+    median = float(np.median(values))
+    axes.axvline(median, color="black", linestyle="--", label=f"median {median:.3f}")
+    axes.legend()
+
+
+def _title(axes: Any, title: str, line: str) -> None:  # noqa: ANN401
+    axes.set_title(f"{title}\n{line}", fontsize=9.5)
 
 
 def _mean(results: Sequence[Result], view: object) -> float:

@@ -5,7 +5,7 @@ N texts, D dims.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +48,8 @@ class Result:
 
 OnTexts = Callable[[Task, int, int], None]
 """Is told how many texts of a task are embedded, and how many it has."""
+OnVectors = Callable[[Task, Mapping[str, NDArray[np.float32]]], None]
+"""Gets the vectors [N, D] of a task, by role, before they are scored; they are not normalised."""
 
 
 def evaluate(
@@ -55,6 +57,7 @@ def evaluate(
     tasks: Sequence[Task],
     views: Sequence[View] | None = None,
     on_texts: OnTexts = lambda task, done, total: None,
+    on_vectors: OnVectors = lambda task, vectors: None,
 ) -> Iterator[Result]:
     """Every task in every view, task by task; by default whole vectors as they come.
 
@@ -78,6 +81,7 @@ def evaluate(
                 on_texts(task, done + stop, total)
             done += len(own)
             vectors[role] = own
+        on_vectors(task, vectors)
         largest = max(vectors.values(), key=len)
         for view in views:
             ranges = ranges_for(largest, view)

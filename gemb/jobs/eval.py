@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from gemb.engine.encoder import Encoder
@@ -21,6 +23,9 @@ from gemb.files import check_writable, write_json
 from gemb.model.hub import DEFAULT_MODEL
 from gemb.recipe import ComputeRecipe, ModelName, RecipeInput, RecipePath, resolved
 from gemb.report import Event, OnProgress, Report, Table, ignore
+
+if TYPE_CHECKING:
+    from gemb.evaluation.space import Space
 
 Kind = Literal[
     "retrieval", "similarity", "pair-classification", "classification", "clustering", "bitext", "reranking"
@@ -58,8 +63,16 @@ class EvalRecipe(ComputeRecipe):
     """A .json file for the results."""
     plot: RecipePath | None = None
     """A .png file for a picture of quality against dims and bytes."""
+    space: RecipePath | None = None
+    """A .png file for a picture of how queries and documents lie in the space of the model, at the first of
+    the sizes; its numbers are in the results. For retrieval, reranking and bitext."""
+    cache: RecipePath | None = None
+    """A folder that keeps vectors by content, so that a text embedded before costs nothing; gemb embed may
+    share it."""
     fail_on_regression: bool = False
     """End with exit code 8 if any verdict is REGRESSION."""
+    fail_under: tuple[str, float] | None = None
+    """A metric and a value: end with exit code 8 if it is lower in any data set and view that has it."""
 
     @field_validator("dims")
     @classmethod
@@ -67,6 +80,16 @@ class EvalRecipe(ComputeRecipe):
         if any(dims < 1 for dims in value):
             raise ValueError("a size is at least 1")
         return value
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """What one model did."""
+
+    model: str
+    encoder: Encoder
+    results: Sequence[Result]
+    spaces: Sequence[Space]
 
 
 @dataclass(frozen=True)
@@ -88,33 +111,67 @@ def run(recipe: EvalRecipe, on_progress: OnProgress = ignore) -> Report:
         raise GembError("no data given; gemb eval MODEL scifact/ stsb.test.jsonl")
     if recipe.fail_on_regression and recipe.against is None:
         raise GembError("--fail-on-regression compares with another model; name it with --against")
-    for path in (recipe.output, recipe.plot):
+    for path in (recipe.output, recipe.plot, recipe.space):
         if path is not None:
             check_writable(path)
     choices = Choices(recipe.task, recipe.split, recipe.positive, recipe.samples, recipe.draws, recipe.seed)
     tasks = [read_task(Path(name), choices) for name in recipe.data]
+    if recipe.space is not None:
+        from gemb.evaluation.space import pairs_of
+
+        for task in tasks:
+            pairs_of(task)
     began = time.monotonic()
-    encoder, results = _evaluated(recipe, recipe.model or DEFAULT_MODEL, tasks, on_progress)
+    own = _evaluated(recipe, recipe.model or DEFAULT_MODEL, tasks, on_progress)
     verdicts: list[_Verdict] = []
-    other: Encoder | None = None
+    other: _Evaluated | None = None
     if recipe.against is not None:
-        other, its_results = _evaluated(recipe, recipe.against, tasks, on_progress)
-        verdicts = _verdicts(results, its_results, recipe.seed)
-    report = _report(recipe, encoder, other, results, verdicts, time.monotonic() - began)
+        other = _evaluated(recipe, recipe.against, tasks, on_progress)
+        verdicts = _verdicts(own.results, other.results, recipe.seed)
+    report = _report(recipe, own, other, verdicts, time.monotonic() - began)
     if recipe.output is not None:
         write_json(recipe.output, {**report.data, "recipe": resolved(recipe)})
     if recipe.plot is not None:
         from gemb.evaluation.plots import draw_sizes
 
-        draw_sizes(results, recipe.plot)
+        draw_sizes(own.results, recipe.plot)
+    if recipe.space is not None:
+        from gemb.evaluation.plots import draw_spaces
+
+        both = [own] if other is None else [own, other]
+        draw_spaces([(each.model, space) for each in both for space in each.spaces], recipe.space)
     return report
 
 
-def _evaluated(
-    recipe: EvalRecipe, model: str, tasks: Sequence[Task], on_progress: OnProgress
-) -> tuple[Encoder, list[Result]]:
+def _evaluated(recipe: EvalRecipe, model: str, tasks: Sequence[Task], on_progress: OnProgress) -> _Evaluated:
+    encoder = _opened(recipe, model)
+    sizes = recipe.dims or (encoder.folder.truncate_dims or encoder.dims,)
+    views = [View(dims, dtype) for dims in sizes for dtype in recipe.dtype or DTYPES[:1]]
+    spaces: list[Space] = []
+
+    def tell(task: Task, done: int, total: int) -> None:
+        on_progress(Event(f"embedding {task.name}", done, total))
+
+    def look(task: Task, vectors: Mapping[str, NDArray[np.float32]]) -> None:
+        if recipe.space is not None:
+            from gemb.evaluation.space import measure_space
+
+            spaces.append(measure_space(task, vectors, View(sizes[0]), seed=recipe.seed))
+
+    try:
+        return _Evaluated(model, encoder, list(evaluate(encoder, tasks, views, tell, look)), spaces)
+    finally:
+        encoder.close()
+
+
+def _opened(recipe: EvalRecipe, model: str) -> Encoder:
+    load: Callable[..., Encoder] = Encoder.load
+    if recipe.cache is not None:
+        from gemb.evaluation.cached import load_cached
+
+        load = partial(load_cached, cache=recipe.cache)
     with stdout_guarded():
-        encoder = Encoder.load(
+        return load(
             model,
             device=recipe.device,
             precision=recipe.precision,
@@ -123,16 +180,6 @@ def _evaluated(
             batch_tokens=recipe.batch_tokens,
             offline=recipe.offline,
         )
-    sizes = recipe.dims or (encoder.folder.truncate_dims or encoder.dims,)
-    views = [View(dims, dtype) for dims in sizes for dtype in recipe.dtype or DTYPES[:1]]
-
-    def tell(task: Task, done: int, total: int) -> None:
-        on_progress(Event(f"embedding {task.name}", done, total))
-
-    try:
-        return encoder, list(evaluate(encoder, tasks, views, tell))
-    finally:
-        encoder.close()
 
 
 def _verdicts(mine: Sequence[Result], other: Sequence[Result], seed: int) -> list[_Verdict]:
@@ -155,21 +202,27 @@ def _verdicts(mine: Sequence[Result], other: Sequence[Result], seed: int) -> lis
 
 def _report(
     recipe: EvalRecipe,
-    encoder: Encoder,
-    other: Encoder | None,
-    results: Sequence[Result],
+    own: _Evaluated,
+    other: _Evaluated | None,
     verdicts: Sequence[_Verdict],
     seconds: float,
 ) -> Report:
-    regressions = sum(verdict.comparison.verdict == "REGRESSION" for verdict in verdicts)
-    rows = [("model", f"{recipe.model or DEFAULT_MODEL} ({encoder.fingerprint[:12]})")]
+    encoder, results = own.encoder, own.results
+    failed = recipe.fail_on_regression and any(
+        verdict.comparison.verdict == "REGRESSION" for verdict in verdicts
+    )
+    rows = [("model", f"{own.model} ({encoder.fingerprint[:12]})")]
     if other is not None:
-        rows.append(("against", f"{recipe.against} ({other.fingerprint[:12]})"))
+        rows.append(("against", f"{other.model} ({other.encoder.fingerprint[:12]})"))
     rows.append(("device", encoder.device_line))
     tasks = list({id(result.task): result.task for result in results}.values())
     rows += [("note", f"{task.name}: {note}") for task in tasks for note in task.notes]
+    for each in [own] if other is None else [own, other]:
+        rows += [("space", f"{each.model}, {_shown_space(space)}") for space in each.spaces]
+    under = _under(recipe.fail_under, results)
+    rows += [("under", line) for line in under]
     data: dict[str, object] = {
-        "model": recipe.model or DEFAULT_MODEL,
+        "model": own.model,
         "fingerprint": encoder.fingerprint,
         "device": encoder.device_line,
         "seconds": round(seconds, 3),
@@ -177,20 +230,56 @@ def _report(
         "means": [_mean_as_json(view, results) for view in dict.fromkeys(result.view for result in results)],
         "notes": {task.name: list(task.notes) for task in tasks if task.notes},
     }
+    if recipe.space is not None:
+        data["space"] = [space.as_json() for space in own.spaces]
     if other is not None:
+        if recipe.space is not None:
+            data["against_space"] = [space.as_json() for space in other.spaces]
         data |= {
-            "against": recipe.against,
-            "against_fingerprint": other.fingerprint,
+            "against": other.model,
+            "against_fingerprint": other.encoder.fingerprint,
             "verdicts": [_verdict_as_json(verdict) for verdict in verdicts],
         }
     return Report(
         title=f"evaluated {len(tasks)} data set{'s' if len(tasks) > 1 else ''} in {seconds:.1f} s",
         rows=rows,
         data=data,
-        outputs=[path for path in (recipe.output, recipe.plot) if path is not None],
+        outputs=[path for path in (recipe.output, recipe.plot, recipe.space) if path is not None],
         tables=[_table(results, verdicts)],
-        exit_code=Exit.GATE if recipe.fail_on_regression and regressions else Exit.DONE,
+        exit_code=Exit.GATE if failed or under else Exit.DONE,
     )
+
+
+def _under(bound: tuple[str, float] | None, results: Sequence[Result]) -> list[str]:
+    """A line for each data set and view whose metric is lower than the bound.
+
+    Raises GembError if none has the metric.
+    """
+    if bound is None:
+        return []
+    metric, least = bound
+    found = [(result, result.score.metrics[metric]) for result in results if metric in result.score.metrics]
+    if not found:
+        known = dict.fromkeys(name for result in results for name in result.score.metrics)
+        raise GembError(f"--fail-under: no data set has {metric}; there is {', '.join(known)}")
+    return [
+        f"{result.task.name}, {result.view}: {metric} {value:.4f} is under {least:g}"
+        for result, value in found
+        if value < least
+    ]
+
+
+def _shown_space(space: Space) -> str:
+    numbers = {
+        "probe": space.probe_accuracy,
+        "gap": space.gap,
+        "alignment": space.alignment,
+        "uniformity of queries": space.query_uniformity,
+        "of documents": space.document_uniformity,
+        "top-1 cosine": float(np.median(space.top1)),
+        "self-balancing ratio": float(np.median(space.ratios)),
+    }
+    return f"{space.name}: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
 
 
 def _as_json(result: Result) -> dict[str, object]:

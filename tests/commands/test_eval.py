@@ -24,3 +24,10 @@ def test_sizes_and_types_that_are_none_are_told(gemb: Gemb, tmp_path: Path) -> N
     done = gemb("eval", "minilm", tmp_path, "--dtype", "f32,int3")
     assert done.code == 2
     assert "'int3'" in done.err
+
+
+def test_a_metric_under_its_bound_ends_with_8(gemb: Gemb, tmp_path: Path) -> None:
+    folder = write_beir(tmp_path / "sea")
+    done = gemb("eval", "minilm", folder, "--threads", "1", "--fail-under", "nDCG@10", "1.5", "-q")
+    assert done.code == 8
+    assert json.loads(done.out)["exit_code"] == 8

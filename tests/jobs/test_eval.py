@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from gemb.engine.encoder import Encoder
+from gemb.engine.torch_engine import TorchEngine
 from gemb.errors import Exit, GembError, UnavailableError
 from gemb.jobs import eval as job
 from gemb.jobs.eval import EvalRecipe
@@ -12,6 +14,7 @@ from tests.evaluation.test_retrieval import write_beir
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 DATA = ROOT.parent / "shared/data"
+VERBS = ("sleeps", "eats", "sings")
 PAIRS = [
     ("a cat sits on the mat", "a cat is sitting on a mat", 5.0),
     ("a man plays the guitar", "a man is eating an apple", 0.5),
@@ -77,6 +80,52 @@ def test_a_regression_ends_with_the_exit_code_of_a_gate(sts: Path, monkeypatch: 
     assert run(sts, against="minilm").exit_code == Exit.DONE
 
 
+def translations(path: Path) -> Path:
+    texts = [f"{animal} {verb} here" for animal in ("a cat", "a dog", "a cow", "an owl") for verb in VERBS]
+    path.write_text("".join(f"{text}\t{text.upper()} NOW\n" for text in texts))
+    return path
+
+
+def test_a_space_is_drawn_and_its_numbers_are_in_the_results(tmp_path: Path) -> None:
+    report = run(translations(tmp_path / "loud.tsv"), space=tmp_path / "space.png", dims=(64,))
+    assert (tmp_path / "space.png").read_bytes().startswith(b"\x89PNG")
+    assert report.outputs == [tmp_path / "space.png"]
+    (space,) = report.data["space"]
+    assert (space["data"], space["dims"], space["pairs"]) == ("loud", 64, 12)
+    assert space["top1_similarity"]["count"] == 12
+    assert 0 <= space["probe_accuracy"] <= 1
+    assert any(name == "space" and line.startswith("minilm, loud: probe ") for name, line in report.rows)
+
+
+def test_a_second_evaluation_with_a_cache_computes_nothing(
+    sts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run(sts)
+    first = run(sts, cache=tmp_path / "cache")
+    monkeypatch.setattr(TorchEngine, "forward", lambda *_: pytest.fail("computed again"))
+    second = run(sts, cache=tmp_path / "cache")
+    assert plain.data["results"] == first.data["results"] == second.data["results"]
+
+
+def test_a_metric_under_its_bound_ends_with_the_exit_code_of_a_gate(sts: Path) -> None:
+    report = run(sts, fail_under=("pearson", 1.5))
+    assert report.exit_code == Exit.GATE
+    pearson = report.data["results"][0]["metrics"]["pearson"]
+    assert ("under", f"sts, 384 f32: pearson {pearson:.4f} is under 1.5") in report.rows
+    assert run(sts, fail_under=("pearson", 0.1)).exit_code == Exit.DONE
+    with pytest.raises(GembError) as caught:
+        run(sts, fail_under=("ndcg@10", 0.1))
+    assert str(caught.value) == "--fail-under: no data set has ndcg@10; there is spearman, pearson"
+
+
+def test_data_without_two_towers_have_no_space_and_no_model_is_loaded(
+    sts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Encoder, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(GembError, match=r"^sts is similarity, which has no queries and documents; --space"):
+        run(sts, space=tmp_path / "space.png")
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -96,7 +145,7 @@ def test_a_regression_ends_with_the_exit_code_of_a_gate(sts: Path, monkeypatch: 
 def test_mistakes_show_before_a_model_is_loaded(
     settings: dict[str, Any], error: type[GembError], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job.Encoder, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(Encoder, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(error) as caught:
         job.run(EvalRecipe(**settings))
     assert str(caught.value) == message
