@@ -25,8 +25,10 @@ PREFIX_CANDIDATES = 100
 """The same where codes are a prefix of the vectors; at least five times k."""
 SUBSET_SHARE = 0.1
 """Of a filter that keeps a smaller share of the rows, exactly these rows are scanned."""
-FETCHED_SHARE = 40
-"""A graph that gave one of so many rows, and still too few chosen ones, is left for a cheaper scan."""
+EXACT_QUERIES = 16
+"""From so many queries at once on, an exact search multiplies all vectors in float32 instead of codes."""
+WALKED_VALUES = 40_000
+"""Code values that a scan goes through in the time in which a graph looks at one candidate more."""
 SCAN_QUERIES = 64
 SCAN_VALUES = 50_000_000
 """With so many queries at once, a scan of up to so many code values costs less than the graph.
@@ -34,8 +36,6 @@ SCAN_VALUES = 50_000_000
 Measured with benchmarks/store/switch.py on a processor with AMX: 0.6 to 0.8 of the graph's time from 64
 queries on, up to 38 million values. It would pay for more there; slower integer instructions are the rule.
 """
-FINE = 1 << 30
-"""What a cosine is multiplied with to be ranked as an integer."""
 FINE_SPARE = 16
 """Rows scored anew beyond k where float32 products of a matrix multiplication were ranked."""
 RESCORED_VALUES = 1 << 21
@@ -108,7 +108,7 @@ class LiveSegment:
         Raises DamagedError where a file is not what was written.
         """
         is_prefix = self.segment.record.code_dims < self.segment.layout.dims
-        if exact and is_prefix:
+        if exact and (is_prefix or len(queries) >= EXACT_QUERIES):
             rows = self._scan_vectors(queries, wanted + FINE_SPARE, chosen)
             return rows, self.score(queries, rows)
         count = max(PREFIX_CANDIDATES, 5 * wanted) if is_prefix else max(CANDIDATES, 2 * wanted)
@@ -148,35 +148,40 @@ class LiveSegment:
         return record.has_graph and chosen.rows is None and not many
 
     def _walk(
-        self, queries: Queries, count: int, wanted: int, chosen: Chosen, threads: int
+        self, queries: Queries, count: int, wanted: int, chosen: Chosen, threads: int, fetched: int = 0
     ) -> NDArray[np.int64]:
-        """Up to `count` chosen rows[Q, count] by the graph, or by a scan where it finds too few."""
+        """Up to `count` chosen rows[Q, count] by the graph, or by a scan where it finds too few.
+
+        Of a share of the rows the graph gives as many more (`fetched`) and looks at as many more, so that
+        those that are left are the nearest; soon a scan costs less than that.
+        """
         segment = self.segment
-        graph = segment.graph()
         recorded = (segment.record.graph or {}).get("expansion_search", 0)
-        expansion = max(recorded, search_expansion(segment.rows))
         share = chosen.count / segment.rows
-        fetched = min(segment.rows, int(count / share * 1.1) + 8) if share < 1 else min(count, segment.rows)
+        if not fetched:
+            fetched = count if share == 1 else int(count / share * 1.1) + 8
+        fetched = min(fetched, segment.rows)
+        expansion = max(recorded, search_expansion(segment.rows))
+        if chosen.mask is not None:
+            expansion = max(round(expansion / share), 2 * fetched)
+            if expansion * WALKED_VALUES > segment.rows * segment.record.code_dims:
+                return self._scan_codes(queries, count, chosen)[0]
+        rows = segment.graph().nearest(queries.codes.codes, fetched, max(expansion, fetched), threads)
         enough = min(wanted, chosen.count)
-        while True:
-            rows = graph.nearest(queries.codes.codes, fetched, max(expansion, fetched), threads)
-            if chosen.mask is None:
-                rows = rows[:, :count]
-                if rows[:, enough - 1].min(initial=0) >= 0:  # nearest first, so the gaps are behind
-                    return rows
-            else:
-                rows[~chosen.mask[rows]] = -1  # row -1 is the last one, which may or may not stay -1
-                order = np.argsort(rows < 0, axis=1, kind="stable")[:, :count]
-                rows = np.take_along_axis(rows, order, 1)
-            short = np.flatnonzero((rows >= 0).sum(axis=1) < enough)
-            if not short.size:
-                return rows
-            if fetched >= segment.rows // FETCHED_SHARE:
-                scanned, _ = self._scan_codes(queries.part(short), count, chosen)
-                rows = _widened(rows, scanned.shape[1])
-                rows[short] = _widened(scanned, rows.shape[1])
-                return rows
-            fetched = min(segment.rows, 4 * fetched)
+        if chosen.mask is not None:
+            rows[~chosen.mask[rows]] = -1  # row -1 is the last one, which may or may not stay -1
+            order = np.argsort(rows < 0, axis=1, kind="stable")[:, :count]
+            rows = np.take_along_axis(rows, order, 1)
+        if rows[:, enough - 1].min(initial=0) >= 0:  # what is missing is behind
+            return rows
+        short = np.flatnonzero(rows[:, enough - 1] < 0)
+        if chosen.mask is None or fetched == segment.rows:
+            more, _ = self._scan_codes(queries.part(short), count, chosen)
+        else:
+            more = self._walk(queries.part(short), count, wanted, chosen, threads, 4 * fetched)
+        rows = _widened(rows, more.shape[1])
+        rows[short] = _widened(more, rows.shape[1])
+        return rows
 
     def _scan_codes(
         self, queries: Queries, count: int, chosen: Chosen
@@ -216,14 +221,14 @@ class LiveSegment:
         """The `count` chosen rows[Q, count] with the largest cosines, by matrix multiplication in float32."""
         best = BestRows(len(queries), min(count, max(1, chosen.count)))
         total = self.segment.rows if chosen.rows is None else len(chosen.rows)
-        step = max(256, RESCORED_VALUES // self.segment.layout.dims)
-        for start in range(0, total, step):
-            stop = min(total, start + step)
+        for start, stop in block_spans(total, max(len(queries), self.segment.layout.dims)):
             if chosen.rows is None:
                 vectors = self.segment.vector_block(start, stop)
             else:
                 vectors = self.segment.vectors(chosen.rows[start:stop])
-            products = np.rint((vectors @ queries.vectors.T).astype(np.float64) * FINE).astype(np.int32)
+            cosines = vectors @ queries.vectors.T
+            cosines += 3  # between 2 and 4 the bits of float32 are in the order of the numbers
+            products = cosines.view(np.int32)
             if chosen.mask is not None:
                 products[~chosen.mask[start:stop]] = LEFT_OUT
             best.offer(start, products)

@@ -52,7 +52,8 @@ def search_expansion(rows: int) -> int:
     Measured with benchmarks/store/search.py: about 170 at 100,000 rows and 700 at a million, so it grows with
     the power 0.6 of the rows; both are taken with something to spare.
     """
-    return max(SMALLEST_EXPANSION, round(EXPANSION_AT_100K * (rows / 100_000) ** EXPANSION_POWER))
+    growth: float = (rows / 100_000) ** EXPANSION_POWER
+    return max(SMALLEST_EXPANSION, round(EXPANSION_AT_100K * growth))
 
 
 def expected_bytes(rows: int, dims: int, shape: GraphShape) -> int:

@@ -36,7 +36,7 @@ from gemb.vectors.checks import is_safe, squared_norms
 
 FUSED_DEPTH = 100
 """How far down each of the two rankings a fused search looks."""
-QUERIES_A_BLOCK = 256
+QUERIES_A_BLOCK = 1024
 _RETRIES = 20
 _WORD = re.compile(r"\w+")
 

@@ -11,19 +11,27 @@ from numpy.typing import NDArray
 
 _PRODUCTS_A_BLOCK = 1 << 21  # 8 MiB of int32, which stay in the cache between product and selection
 _FIRST_ROWS = 1024  # a small first block, so that few rows pass the floor in the next
+_MANY_QUERIES = 16
+_FIRST_ROWS_OF_MANY = 128
 _LOWEST = np.iinfo(np.int32).min
 _NOTHING = np.iinfo(np.int64).min
 _ROW_LIMIT = (1 << 32) - 1
 
 
 def block_spans(rows: int, queries: int) -> Iterator[tuple[int, int]]:
-    """The first and last row of each block that a scan goes through."""
-    step = max(1024, min(65_536, _PRODUCTS_A_BLOCK // max(queries, 1)))
+    """The first and last row of each block that a scan goes through.
+
+    All rows of the first block pass the floor, and half of a block as long as everything before it; so for
+    many queries blocks begin short and double.
+    """
+    longest = max(1024, min(65_536, _PRODUCTS_A_BLOCK // max(queries, 1)))
+    step = _FIRST_ROWS if queries < _MANY_QUERIES else _FIRST_ROWS_OF_MANY
     start = 0
     while start < rows:
-        stop = min(rows, start + (min(step, _FIRST_ROWS) if start == 0 else step))
+        stop = min(rows, start + step)
         yield start, stop
         start = stop
+        step = longest if queries < _MANY_QUERIES else min(longest, 2 * step)
 
 
 class PackedQueries:
