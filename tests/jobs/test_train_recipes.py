@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gemb.jobs.train import TrainRecipe, plan
+from gemb.jobs.train import TrainRecipe, plan, run
 from gemb.recipe import load, shipped_recipes
 from tests.models import random_texts, tiny_folder
 
@@ -51,3 +51,11 @@ def test_a_recipe_can_be_planned(
     assert planned.data["pairs"] == 8
     assert planned.data["steps"] == recipe.steps
     assert [row[0] for row in planned.tables[0].rows] == [Path(data.paths[0]).stem for data in recipe.data]
+
+
+@pytest.mark.slow
+def test_quickstart_runs_and_learns(tmp_path: Path) -> None:
+    changes = ["epochs=null", "steps=12", "batch.pairs=32", "evaluation.limit=150", "threads=1"]
+    report = run(load("quickstart", TrainRecipe, changes, {"output": tmp_path / "first"}))
+    assert report.data["verdict"] == "WIN"
+    assert (tmp_path / "first/model.safetensors").is_file()
