@@ -282,13 +282,16 @@ class DamageTrial:
         stop.set()
         if reader is not None:
             reader.join()
-        faults: list[tuple[str, str]] = checked.told if checked.how == "done" else []
+        # A flipped number of the format is that of a newer gemb for all that verify can tell, and refused.
+        faults: list[tuple[str, str]] = (
+            checked.told if checked.how == "done" else [(str(path), str(checked.told))]
+        )
         case.verify = f"{len(faults)} faults" if checked.how == "done" else checked.how
         later = self._in_words(look(lambda: answers(path)), source)
         case.message = (
             faults[0][1] if faults else str(first.told) if first.how == "refused" else ""
         ).replace(str(self.folder), "")[:200]
-        if first.how not in ("done", "refused") or checked.how != "done":
+        if first.how not in ("done", "refused") or checked.how not in ("done", "refused"):
             case.wrong = f"search {first.how}, verify {checked.how}: {first.told} {checked.told}"
         elif not faults and (case.search, later) != ("same answers", "same answers"):
             case.wrong = f"verify finds nothing, but search: {case.search}, then {later}"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemb.errors import GembError, LockedError, MachineError
+from gemb.errors import GembError, LockedError, MachineError, MismatchError
 from gemb.files import Lock
 from gemb.store import catalogue as catalogues
 from gemb.store.blocks import BLOCK_BYTES, DamagedError
@@ -119,6 +119,8 @@ def _catalogue(folder: Path, verdict: Verdict) -> Iterator[Catalogue | None]:
             try:
                 catalogue = Catalogue.open_for_reading(folder)
             except GembError as error:
+                if isinstance(error, MismatchError):
+                    raise  # another format is no fault
                 if isinstance(error, MachineError) and not isinstance(error, DamagedError):
                     raise  # a disk that is full or fails says nothing about the index
                 verdict.faults.append(_fault(folder, path, error))
@@ -153,9 +155,12 @@ def _check_all(catalogue: Catalogue, verdict: Verdict, on_file: Callable[[Path],
 
 
 def _fault(folder: Path, path: Path, error: GembError) -> Fault:
-    """What an error says of a file, without its name and the advice to verify: the reader has both."""
+    """What an error says of a file, or of one in the folder `path`, without the advice to verify."""
     what = str(error).removesuffix(f"; {advice(folder)}")
-    return Fault(path, what.removeprefix(f"{path} is damaged: "))
+    if what.startswith(f"{path}/"):
+        name, _, what = what.removeprefix(f"{path}/").partition(" ")
+        path = path / name
+    return Fault(path, what.removeprefix(f"{path} ").removeprefix("is damaged: "))
 
 
 def _check_documents(catalogue: Catalogue, verdict: Verdict) -> None:
@@ -195,7 +200,7 @@ def _check_segment(
             folder, entry.record, checksums, settings.layout(), advice=advice(catalogue.folder), cache=None
         )
     except GembError as error:
-        verdict.faults.append(Fault(folder, str(error)))
+        verdict.faults.append(_fault(catalogue.folder, folder, error))
         return
     try:
         is_whole = True
