@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from gemb.store import Writer
 from tests.conftest import Finished
 
 Gemb = Callable[..., Finished]
@@ -169,4 +172,160 @@ def test_a_mistake_is_one_message_with_its_code(
     done = gemb("index", *arguments)
     assert (done.code, done.out) == (code, "")
     assert done.err.startswith("gemb: ")
+    assert "Traceback" not in done.err
+
+
+# --- bad input: message and exit code
+
+
+def refused(gemb: Gemb, *arguments: str | Path) -> tuple[int, str]:
+    """Exit code and the one message of `gemb index` with these arguments."""
+    done = gemb("index", *arguments)
+    assert done.out == ""
+    assert done.err.startswith("gemb: ")
+    assert "Traceback" not in done.err
+    return done.code, done.err.removeprefix("gemb: ").removesuffix("\n")
+
+
+VERBS = [
+    ("verify",),
+    ("compact",),
+    ("rebuild",),
+    ("upgrade",),
+    ("delete", "a"),
+    ("export", "-o", "x.npy"),
+]
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_nothing_and_something_else_is_no_index_to_any_verb(
+    place: Path, gemb: Gemb, verb: tuple[str, ...]
+) -> None:
+    name, *rest = verb
+    assert refused(gemb, name, "none.gemb", *rest) == (
+        7,
+        "there is no index none.gemb; make one with gemb index INPUT -o none.gemb",
+    )
+    (place / "photos").mkdir()
+    assert refused(gemb, name, "photos", *rest) == (
+        2,
+        "photos is no index: it has no index.db; make one with gemb index INPUT -o NAME.gemb",
+    )
+
+
+@pytest.mark.parametrize("verb", [*VERBS, ("add", "--vectors", "v.npy", "-o")], ids=" ".join)
+def test_a_newer_format_is_refused_by_every_verb(made: Path, gemb: Gemb, verb: tuple[str, ...]) -> None:
+    with sqlite3.connect(made / "index.db") as database:
+        database.execute("PRAGMA user_version = 99")
+    database.close()
+    name, *rest = verb
+    arguments = [name, *rest, "docs.gemb"] if name == "add" else [name, "docs.gemb", *rest]
+    assert refused(gemb, *arguments) == (
+        5,
+        "docs.gemb is an index of format 99, this gemb reads up to 1; upgrade gemb",
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [(np.nan, "NaN or infinity in it"), (np.inf, "NaN or infinity in it"), (0.0, "zeros only")],
+)
+def test_a_vector_that_is_none_is_named_by_file_and_row(
+    place: Path, gemb: Gemb, value: float, what: str
+) -> None:
+    vectors = np.eye(3, 4, dtype=np.float32)
+    vectors[1] = value
+    np.save(place / "v.npy", vectors)
+    assert refused(gemb, "--vectors", "v.npy", "-o", "docs.gemb") == (
+        2,
+        f"v.npy:2: its vector has {what}; it would ruin every ranking",
+    )
+
+
+def test_a_repeated_id_is_named_by_file_and_row(place: Path, gemb: Gemb) -> None:
+    (place / "v.ids.txt").write_text("a\nb\na\n", "utf-8")
+    assert refused(gemb, "--vectors", "v.npy", "-o", "docs.gemb") == (
+        2,
+        "v.npy:3: the id 'a' stands already in the input; ids are unique",
+    )
+
+
+def test_vectors_of_another_width_are_refused_with_both(made: Path, gemb: Gemb) -> None:
+    for width, advice in ((3, "make another index for them"), (5, "pass --dims 4 to cut them")):
+        np.save(made.parent / "w.npy", np.eye(3, width, dtype=np.float32))
+        assert refused(gemb, "--vectors", "w.npy", "-o", "docs.gemb") == (
+            5,
+            f"docs.gemb holds 4-wide vectors, but those of w.npy are {width} wide; {advice}",
+        )
+
+
+def test_a_second_writer_is_told_who_is_the_first(made: Path, gemb: Gemb) -> None:
+    with Writer.open(made):
+        for arguments in (["--vectors", "v.npy", "-o", "docs.gemb"], ["delete", "docs.gemb", "a"]):
+            code, message = refused(gemb, *arguments)
+            assert code == 6
+            assert message.startswith(f"docs.gemb is held by process {os.getpid()} since ")
+            assert message.endswith("; wait for it, or pass --wait-lock SECONDS")
+
+
+def test_an_empty_index_is_sound_and_has_nothing_to_export(made: Path, gemb: Gemb) -> None:
+    assert gemb("index", "delete", "docs.gemb", "a", "b", "c", "-q") == Finished(0, "", "")
+    for verb in ("verify", "compact", "rebuild"):
+        assert gemb("index", verb, "docs.gemb", "-q") == Finished(0, "", "")
+    assert refused(gemb, "export", "docs.gemb", "-o", "x.npy") == (
+        2,
+        "docs.gemb: there is no document to export",
+    )
+    assert not (made.parent / "x.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("yeer = 1", "no field yeer; the fields are id, title\n  yeer = 1\n  ^"),
+        ("1=1; DROP TABLE documents", "expected a field name\n  1=1; DROP TABLE documents\n  ^"),
+        (
+            "id = 3",
+            "id holds texts, but 3 is a number; write '3' to compare it as a text\n  id = 3\n       ^",
+        ),
+    ],
+)
+def test_a_filter_that_is_none_deletes_and_exports_nothing(
+    made: Path, gemb: Gemb, where: str, message: str
+) -> None:
+    for arguments in (["delete", "docs.gemb"], ["export", "docs.gemb", "-o", "x.npy"]):
+        assert refused(gemb, *arguments, "--where", where) == (2, f"--where: {message}")
+    assert json.loads(gemb("index", "verify", "docs.gemb", "--json").out)["documents"] == 3
+
+
+@pytest.fixture
+def graph(made: Path) -> Path:
+    """The index with a graph."""
+    with Writer.open(made) as writer:
+        writer.compact(graph_rows=1)
+    return made
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut", "flipped"])
+@pytest.mark.parametrize("name", ["rows.u64", "vectors.f16", "graph.usearch", "index.db"])
+def test_each_damaged_file_is_told_with_what_to_run_and_code_1(
+    graph: Path, gemb: Gemb, name: str, harm: str
+) -> None:
+    (path,) = graph.rglob(name)
+    content = path.read_bytes()
+    if harm == "missing":
+        path.unlink()
+    elif harm == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    done = gemb("index", "verify", "docs.gemb")
+    if (name, harm) == ("index.db", "missing"):
+        assert done.code == 2
+        assert done.err.startswith("gemb: docs.gemb is no index: it has no index.db")
+        return
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("docs.gemb: damaged, ")
+    assert "run gemb index rebuild docs.gemb\n" in done.err
+    assert f"docs.gemb/{path.relative_to(graph)}: " in done.err
     assert "Traceback" not in done.err
