@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from gemb.errors import GembError
 from gemb.store import Index
 from gemb.store.verify import verify
 from tests.fakes import fake_folder, words
+from tests.faults.test_embed_faults import obey_modes
 
 PROGRAM = Path(__file__).with_name("fake_gemb.py")
 ROWS = 1200
@@ -51,7 +52,9 @@ class Place:
                 text = words(number, *range(row % 7, row % 7 + (30 if row % 5 == 0 else row % 9)))
                 file.write(json.dumps({"id": f"d{row}", "text": text, "year": year}) + "\n")
 
-    def start(self, *options: str, seconds_per_token: float = 0.0) -> subprocess.Popen[bytes]:
+    def start(
+        self, *options: str, seconds_per_token: float = 0.0, obeys_modes: bool = False
+    ) -> subprocess.Popen[bytes]:
         command = ["index", "docs.jsonl", "-o", "docs.gemb", "-m", str(self.model), *options, "--json"]
         process = subprocess.Popen(
             [sys.executable, str(PROGRAM), *command],
@@ -60,6 +63,7 @@ class Place:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            preexec_fn=obey_modes if obeys_modes else None,
         )
         self.processes.append(process)
         return process
@@ -205,3 +209,77 @@ def test_a_second_run_is_refused_and_one_that_waits_comes_after_the_first(place:
     report = json.loads(out)
     assert report["added"] + report["unchanged"] == ROWS
     assert report["unchanged"] > 0
+
+
+@pytest.fixture
+def small_disk(place: Place) -> Iterator[Callable[[str], None]]:
+    """`disk` in the working folder is a disk of its own; the function gives it another size."""
+    disk = place.folder / "disk"
+    disk.mkdir()
+
+    def mount(options: str) -> None:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+        done = subprocess.run(command, capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip(f"cannot mount a small disk: {done.stderr.decode().strip()}")
+
+    mount("size=320k")
+    yield lambda size: mount(f"remount,size={size}")
+    for process in place.processes:
+        process.wait(timeout=10)
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_one_message_and_the_next_run_goes_on_when_there_is_room(
+    place: Place, small_disk: Callable[[str], None]
+) -> None:
+    place.write(0, ROWS)
+    place.index = place.folder / "disk/docs.gemb"
+    process = place.start("-o", "disk/docs.gemb")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, b"")
+    message = err.decode().splitlines()[-1]
+    assert message.startswith("gemb: cannot write disk/docs.gemb/")
+    assert "no space left" in message
+    assert message.endswith("; free some space, then run the same command again")
+    kept = place.content()
+    assert verify(place.index).faults == []
+    small_disk("8m")
+    report = place.run("-o", "disk/docs.gemb")
+    assert (report["unchanged"], report["added"]) == (len(kept), ROWS - len(kept))
+    assert verify(place.index).faults == []
+
+
+def test_a_folder_that_is_moved_meanwhile_ends_the_run_with_what_was_committed(place: Place) -> None:
+    place.write(0, ROWS)
+    process = place.start(seconds_per_token=0.001)
+    place.wait_for_commits(1, process)
+    place.index = place.index.rename(place.folder / "moved.gemb")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.decode().splitlines()[-1] == (
+        "gemb: docs.gemb was moved or replaced while it was written; what was committed before is with it, "
+        "run the command again"
+    )
+    assert not (place.folder / "docs.gemb").exists()
+    kept = place.content()
+    assert 0 < len(kept) < ROWS
+    assert place.run("-o", "moved.gemb")["unchanged"] == len(kept)
+
+
+def test_a_folder_that_may_not_be_written_is_told_before_the_model_is_loaded(place: Place) -> None:
+    place.write(0, 10)
+    place.run()
+    modes = {path: path.stat().st_mode for path in [place.folder, place.index, *place.index.rglob("*")]}
+    for path, mode in modes.items():
+        path.chmod(mode & 0o555)
+    try:
+        process = place.start(obeys_modes=True)
+        out, err = process.communicate(timeout=60)
+    finally:
+        for path, mode in modes.items():
+            path.chmod(mode)
+    assert (process.returncode, out) == (2, b"")
+    assert err.decode() == (
+        "gemb: cannot write docs.gemb: permission denied; change its mode or choose another path\n"
+    )
