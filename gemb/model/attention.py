@@ -48,7 +48,7 @@ def reach_of_layers(config: Mapping[str, Any]) -> tuple[Reach, ...] | None:
     if rule is None:
         return None
     full, window = rule(config)
-    return tuple(window if kind == _SLIDING else full for kind in _layer_types(family, config))
+    return tuple(window if kind == _SLIDING else full for kind in layer_types(config))
 
 
 def is_bidirectional(layers: Sequence[Reach]) -> bool:
@@ -120,8 +120,9 @@ def _layers(config: Mapping[str, Any]) -> int:
     return int(config.get("num_hidden_layers") or config.get("n_layers") or 0)
 
 
-def _layer_types(family: str, config: Mapping[str, Any]) -> list[str]:
+def layer_types(config: Mapping[str, Any]) -> list[str]:
     """The kind of each layer, as declared, or by the pattern that the family has when it is not."""
+    family = str(config.get("model_type"))
     layers = _layers(config)
     declared = config.get("layer_types")
     if family == "mistral":

@@ -37,9 +37,9 @@ def save_folder(
     A tensor of the source that is not among them is copied. The weights are spread over files as in the
     source. Raises GembError if `target` exists or cannot be written; then nothing is left there.
     """
-    with _appearing(target) as place:
+    with appearing(target) as place:
         for folder in {source.path, source.tokenizer_folder, *(module.folder for module in source.modules)}:
-            _copy_files(folder, place / folder.relative_to(source.path))
+            copy_files(folder, place / folder.relative_to(source.path))
         for folder, tensors in values.items():
             _write_weights(Weights.read(folder), tensors, place / folder.relative_to(source.path), dtype)
         if dtype == "float32":
@@ -47,7 +47,7 @@ def save_folder(
 
 
 @contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
+def appearing(target: Path) -> Iterator[Path]:
     """An empty folder that becomes `target` when the block ends well, and goes away otherwise."""
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise GembError(f"{target} exists; choose another path for the model, or move it away")
@@ -63,7 +63,7 @@ def _appearing(target: Path) -> Iterator[Path]:
     fsync_folder(target.parent)
 
 
-def _copy_files(source: Path, target: Path) -> None:
+def copy_files(source: Path, target: Path) -> None:
     """Copy the files of one folder, those below it and weights left out."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()) if source.is_dir() else ():
