@@ -24,6 +24,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "index": "Build a searchable index of documents.",
         "search": "Search an index with a question.",
         "train": "Fine-tune an encoder on pairs of texts, resumable.",
+        "distill": "Distil a model into a smaller one, resumable.",
         "mine": "Mine hard negatives for pairs of queries and positives, resumable.",
         "eval": "Evaluate a model on your data: retrieval, similarity, labels and more.",
         "info": "Show what a model or an index is, and what would run.",

@@ -263,7 +263,8 @@ def _model(
                 with open_rows(one, folder.data) as rows:
                     for number in range(rows.size):
                         example = rows.example(number)
-                        yield from (text.joined() for text in (example.query, *example.positives))
+                        texts = (example.query, *example.positives, *example.negatives)
+                        yield from (text.joined() for text in texts)
 
         material.write_model(folder.base, texts(), recipe.seed)
     ranks.wait()

@@ -67,6 +67,26 @@ def test_gradients_equal_those_of_one_plain_graph() -> None:
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("plan", [WHOLE, MemoryPlan(9, 0)])
+def test_parameters_of_the_loss_get_the_gradient_of_one_plain_graph(plan: MemoryPlan) -> None:
+    encoder, batch = TinyEncoder(dropout=0.0).double(), tiny_batch(pairs=6)
+    head = nn.Linear(8, 5, bias=False).double()
+
+    def mapped(vectors: Tensor) -> tuple[Tensor, Mapping[str, float]]:
+        return loss_of(head(vectors))
+
+    every = [*encoder.parameters(), *head.parameters()]
+    batch_gradients(encoder, every, batch, mapped, plan, loss_parameters=list(head.parameters()))
+    found = [parameter.grad for parameter in every]
+    for parameter in every:
+        parameter.grad = None
+    loss, _ = mapped(encoder(torch.from_numpy(batch.ids), batch.lengths))
+    torch.autograd.backward(loss)
+    for mine, parameter in zip(found, every, strict=True):
+        assert mine is not None
+        torch.testing.assert_close(mine, parameter.grad, rtol=1e-10, atol=1e-13)
+
+
 def test_dropout_draws_the_same_masks_when_a_chunk_is_encoded_again() -> None:
     encoder, batch = TinyEncoder(dropout=0.3), tiny_batch(pairs=6)
     kept, expected = gradients_of(encoder, batch, MemoryPlan(20, 10_000))

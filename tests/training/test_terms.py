@@ -99,6 +99,21 @@ def test_matching_adds_queries_positives_and_hard_negatives_and_has_no_sizes() -
     assert value(MatchingTerm(name="matching", hard_negatives=False)) == pytest.approx(float(sum(parts)))
 
 
+def test_a_map_is_used_by_the_terms_that_ask_for_it_and_cut_vectors_by_the_others() -> None:
+    projection = torch.nn.Linear(8, 6, bias=False).double()
+    for wanted in (True, False):
+        term = MatchingTerm(name="matching", projection=wanted)
+        loss = Loss((term,), SIZES, WEIGHTS, teacher=lambda batch: TEACHER, projection=projection)
+        expected = sum(
+            embedding_matching(mine, theirs, projection=projection if wanted else None, cut=not wanted)
+            for mine, theirs in ((Q, TEACHER[:5]), (P, TEACHER[5:10]), (N, TEACHER[10:]))
+        )
+        torch.testing.assert_close(loss.of(BATCH)(VECTORS)[0], torch.as_tensor(expected))
+        assert loss.parameters == [projection.weight]
+    projection.requires_grad_(False)
+    assert loss.parameters == []
+
+
 def test_score_matching_has_the_hard_negatives_among_its_candidates() -> None:
     expected = score_matching(Q, VECTORS[5:], TEACHER[:5], TEACHER[5:], sizes=SIZES)
     assert value(ScoreMatchingTerm(name="score_matching")) == pytest.approx(weighted(expected))

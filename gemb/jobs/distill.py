@@ -1,0 +1,117 @@
+"""`gemb distill`: a teacher and texts in, a smaller encoder out, that gives nearly the same vectors.
+
+    report = run(load("distill_minilm", DistillRecipe, options={"output": Path("runs/student")}))
+
+A distillation is a run of `gemb train` whose losses have a teacher, so all that docs/train.md promises holds;
+docs/distill.md tells what is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemb.errors import GembError
+from gemb.jobs import quickstart, train
+from gemb.report import OnProgress, Plan, Report, ignore
+from gemb.training.data_recipe import PromptText
+from gemb.training.distill_recipe import DistillRecipe, StudentSettings
+
+if TYPE_CHECKING:
+    from gemb.training.setup import Material
+
+__all__ = ["DistillRecipe", "plan", "run"]
+
+
+def plan(recipe: DistillRecipe) -> Plan:
+    """What `run` would do, for --dry-run, from one batch; the teacher's time for it is not in the estimate.
+
+    Raises GembError as `run` does before its first step.
+    """
+    from gemb.training.model_teacher import opener
+    from gemb.training.planning import make_plan
+
+    wanted, material = _resolved(recipe)
+    return make_plan(wanted, material, opener(wanted))
+
+
+def run(recipe: DistillRecipe, on_progress: OnProgress = ignore, *, overwrite: bool = False) -> Report:
+    """Distil what the recipe says, or go on where an earlier run of it was stopped.
+
+    Raises GembError as `gemb.jobs.train.run` does, and for a teacher that cannot be had.
+    """
+    from gemb.training.model_teacher import opener
+
+    wanted, material = _resolved(recipe)
+    return train.run(wanted, on_progress, overwrite=overwrite, material=material, open_teacher=opener(wanted))
+
+
+def _resolved(recipe: DistillRecipe) -> tuple[DistillRecipe, Material]:
+    """The recipe with the student as its model, and who makes that."""
+    if recipe.teacher is None:
+        raise GembError("no teacher given; a distillation needs one, such as teacher: {model: minilm}")
+    if recipe.student is None:
+        return recipe, quickstart.MATERIAL
+    wanted = recipe.model_copy(update={"model": recipe.student.label})
+    prompts = [
+        prompt.text
+        for data in recipe.data
+        for prompt in (data.prompts.query, data.prompts.passage)
+        if isinstance(prompt, PromptText)
+    ]
+    return wanted, _StudentMaterial(recipe.student, prompts, recipe.offline)
+
+
+@dataclass(frozen=True)
+class _StudentMaterial:
+    """The data that `gemb train` makes on the spot, and the student in place of a random model."""
+
+    student: StudentSettings
+    prompts: Sequence[str]
+    """Texts that the recipe puts before others: they are tokens of the student, too."""
+    offline: bool
+
+    @property
+    def data_names(self) -> Sequence[str]:
+        """As in quickstart."""
+        return quickstart.MATERIAL.data_names
+
+    @property
+    def model_name(self) -> str:
+        """What the recipe calls the student."""
+        return self.student.label
+
+    def write_data(self, folder: Path) -> Mapping[str, Path]:
+        """See quickstart."""
+        return quickstart.MATERIAL.write_data(folder)
+
+    def write_model(self, folder: Path, texts: Iterator[str], seed: int) -> None:
+        """Write the student's folder, cut from another model. Raises GembError for what does not fit."""
+        from gemb.model.folder import read_folder
+        from gemb.model.hub import find_model
+        from gemb.model.pruned import write_pruned
+
+        student = self.student
+        if student.from_ == quickstart.TINY_GEMMA3:
+            quickstart.MATERIAL.write_model(folder, texts, seed)
+            return
+        kept: Iterable[str] | None = None
+        if student.keep_vocab is not None:
+            kept = chain(
+                texts if student.keep_vocab == "data" else _texts_of(student.keep_vocab), self.prompts
+            )
+        source = read_folder(find_model(student.from_, offline=self.offline))
+        write_pruned(source, folder, keep_layers=student.keep_layers, texts=kept, largest=student.vocabulary)
+
+
+def _texts_of(files: Sequence[str]) -> Iterator[str]:
+    """The titles and texts of rows of files, as `gemb embed` reads them."""
+    from gemb.text.inputs import resolve_inputs
+    from gemb.text.records import ReadOptions, Record, read_records
+
+    for row in read_records(resolve_inputs(files), ReadOptions()):
+        if isinstance(row, Record):
+            yield f"{row.title} {row.text}" if row.title else row.text

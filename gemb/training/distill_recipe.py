@@ -1,0 +1,103 @@
+"""The recipe of a distillation: that of a training, with a teacher and a student. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from gemb.recipe import ModelName, Recipe, RecipeInput, RecipePath
+from gemb.text.prompts import DOCUMENT, QUERY
+from gemb.training.data_recipe import RolePrompts
+from gemb.training.recipe import AnyTerm, MatchingTerm, TrainRecipe
+
+
+class TeacherSettings(Recipe):
+    """Whose vectors the student learns."""
+
+    model: ModelName | None = None
+    """A folder, a name on the Hugging Face hub, or `minilm`; its width and tokenizer may differ."""
+    vectors: RecipeInput | None = None
+    """Vectors of any origin in place of a model, as `gemb embed` writes and reads them, found by the texts
+    of `texts`."""
+    texts: RecipeInput | None = None
+    """The texts that `vectors` belong to: rows of id and text."""
+    prompts: RolePrompts = RolePrompts(query=QUERY, passage=DOCUMENT)
+    """The teacher's prompt for each role, apart from the student's; by default what it declares."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Longest text of the teacher in its tokens; by default what it declares, and at most 512."""
+    ahead: bool = False
+    """Get the vectors of the whole run before the first step; by default those of each batch when it comes,
+    and what came before is never computed again."""
+    cache: RecipePath | None = None
+    """A folder that keeps the vectors by content, for later runs too; by default it goes with the run."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [name for name in ("model", "vectors") if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = "model and vectors are both given" if given else "neither model nor vectors is given"
+            raise ValueError(f"{what}; a teacher is one of them")
+        if (self.vectors is None) is not (self.texts is None):
+            raise ValueError("vectors and texts go together; give both, or a model")
+        return self
+
+
+class StudentSettings(Recipe):
+    """Which model is made to begin with."""
+
+    from_: ModelName = "minilm"
+    """The model that the student is cut from, or `tiny-gemma3` for small random weights."""
+    keep_layers: tuple[int, ...] = ()
+    """Layers that stay, counted from 0; by default all."""
+    keep_vocab: Literal["data"] | tuple[RecipeInput, ...] | None = None
+    """Texts whose tokens stay in vocabulary, table and tokenizer: files of rows, or `data` for those of the
+    recipe's data sets; by default all tokens stay."""
+    vocabulary: int | None = Field(default=None, ge=1)
+    """Of the tokens of these texts so many stay, the most frequent ones, special ones and single characters
+    besides; rarer words are then told by shorter pieces. By default all of them stay."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.from_ == "tiny-gemma3" and (self.keep_layers or self.keep_vocab is not None):
+            raise ValueError("tiny-gemma3 is made anew and has nothing to keep; name another model")
+        kept = list(self.keep_layers)
+        if kept != sorted(set(kept)) or (kept and kept[0] < 0):
+            raise ValueError(f"keep_layers is {kept}; give each layer once, ascending from 0")
+        if self.vocabulary is not None and self.keep_vocab is None:
+            raise ValueError("vocabulary is counted over the texts of keep_vocab; give those, too")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What reports call the student: `minilm, layers 0 2 5, vocabulary of data`."""
+        parts = [self.from_]
+        if self.keep_layers:
+            parts.append(f"layers {' '.join(map(str, self.keep_layers))}")
+        if self.keep_vocab is not None:
+            files = [self.keep_vocab] if isinstance(self.keep_vocab, str) else self.keep_vocab
+            size = f"{self.vocabulary:,} tokens" if self.vocabulary else "vocabulary"
+            parts.append(f"{size} of {' '.join(files)}")
+        return ", ".join(parts)
+
+
+class DistillRecipe(TrainRecipe):
+    """What `gemb distill` is asked to do; all that `gemb train` takes, and a teacher."""
+
+    kind: ClassVar[str] = "distill"
+
+    teacher: TeacherSettings | None = None
+    """Whose vectors are learnt."""
+    student: StudentSettings | None = None
+    """A model made from another one; in place of `model`."""
+    losses: tuple[AnyTerm, ...] = (MatchingTerm(name="matching"),)
+    """The terms of the loss; at least one of matching and score_matching."""
+
+    @model_validator(mode="after")
+    def _check_teaching(self) -> Self:
+        if self.model is not None and self.student is not None:
+            raise ValueError("model and student are both given; the student is one of them")
+        if not any(term.needs_teacher for term in self.losses):
+            names = ", ".join(term.name for term in self.losses)
+            raise ValueError(f"losses ({names}) use no teacher; add - name: matching, or use gemb train")
+        return self
