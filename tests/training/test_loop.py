@@ -271,13 +271,19 @@ def test_each_term_is_logged_apart_at_each_size(whole: tuple[Training, Path]) ->
     assert first["loss"] == pytest.approx(parts, rel=1e-5)
     assert first["negatives_per_query"] == 5
     assert first["hard_negatives"] == 2
-    assert first["learning_rate"] == 0.01
+    assert first["learning_rate"] == pytest.approx(0.01 * rate(0.5 / STEPS))  # in the middle of the step
     assert first["encoded_twice"]
 
 
 def test_the_loss_falls(whole: tuple[Training, Path]) -> None:
     assert whole[0].progress.step == STEPS
     assert [line["step"] for line in lines(whole[1])] == list(range(1, STEPS + 1))
+
+
+def test_a_warm_up_lets_the_first_step_do_something() -> None:
+    assert Length(steps=10).share(0.5, 0.0) == 0.05
+    assert Length(tokens=1000).share(3.5, 250.0) == 0.25
+    assert Length(steps=10).share(11, 0) == 1.0
 
 
 def test_a_length_in_tokens_ends_after_that_many(tmp_path: Path) -> None:
