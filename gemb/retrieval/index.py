@@ -119,8 +119,9 @@ class Index:
         the cosine itself, with `hybrid` the reciprocal ranks by cosine and by BM25, with `lexical` BM25
         alone, for which no model is loaded and `Hit.score` is None. `where` keeps only the documents that
         fit; k of them are found whenever k of them are there. `exact` compares every row. `min_score` drops
-        hits with a smaller cosine. `as_` names another prompt than the index's own for queries. A text longer
-        than the model takes is cut.
+        hits with a smaller cosine. `as_` names another prompt than the index's own for queries.
+
+        A text longer than the model takes is cut, and nothing is said of it here; `gemb search` reports it.
 
         Raises GembError for a wrong argument or expression, MismatchError (5) for vectors of another width
         or another model, UnavailableError (7) if the model cannot be had.
