@@ -62,15 +62,11 @@ class StoredDocument:
 
 def content_hash(document: Document, vectors: NDArray[np.float32] | None = None) -> bytes:
     """16 bytes of BLAKE2b over what a document's vectors depend on: title and text, or the vectors given."""
-    digest = hashlib.blake2b(digest_size=16)
-    if vectors is not None:
-        digest.update(b"\x01")
-        digest.update(np.ascontiguousarray(vectors, dtype="<f4").data)
     title = encoded(document.title, document.id, "title")
-    digest.update(len(title).to_bytes(8, "little"))
-    digest.update(title)
-    digest.update(encoded(document.text, document.id, "text"))
-    return digest.digest()
+    parts = [len(title).to_bytes(8, "little"), title, encoded(document.text, document.id, "text")]
+    if vectors is not None:
+        parts = [b"\x01", np.ascontiguousarray(vectors, dtype="<f4").tobytes(), *parts]
+    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
 
 
 def metadata_json(document: Document) -> str:
