@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -177,9 +178,12 @@ def _read_similarity(name: str, train: Path | None, test: Path, choices: Choices
     def score(line: int, row: Fields) -> float:
         value = next((row[field] for field in SCORE_FIELDS if field in row), None)
         try:
-            return float(value)  # type: ignore[arg-type]
+            number = float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError):
-            raise GembError(f'{test}:{line}: "score" is {value!r}, not a number') from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise GembError(f'{test}:{line}: "score" is {value!r}, not a number')
+        return number
 
     texts, scores, notes = _read_pairs(test, score)
     if len(set(scores)) < 2:
@@ -191,7 +195,9 @@ def _read_similarity(name: str, train: Path | None, test: Path, choices: Choices
 def _read_pair_classification(name: str, train: Path | None, test: Path, choices: Choices) -> Task:
     texts, labels, notes = _read_pairs(test, lambda line, row: _label(test, line, row))
     kinds = sorted({str(label) for label in labels})
-    positive = choices.positive or next((label for label in POSITIVE_LABELS if label in kinds), None)
+    # A number among several, 0, 1 and 2 say, may be any class; only words tell what they are.
+    known = [label for label in POSITIVE_LABELS if len(kinds) == 2 or not label.isdigit()]
+    positive = choices.positive or next((label for label in known if label in kinds), None)
     if positive not in kinds or len(kinds) < 2:
         raise GembError(
             f"{test}: the labels are {', '.join(kinds)}; name the one that says yes with --positive"
@@ -316,7 +322,10 @@ def _candidates(path: Path, line: int, row: Fields) -> list[tuple[str, bool]]:
         docs, labels = row["docs"], row.get("labels")
         if not isinstance(docs, list) or not isinstance(labels, list) or len(docs) != len(labels):
             raise GembError(f'{path}:{line}: "docs" and "labels" must be lists of one length')
-        pairs = [(text, bool(label)) for text, label in zip(docs, labels, strict=True)]
+        for label in labels:
+            if not isinstance(label, bool | int | float):
+                raise GembError(f"{path}:{line}: the label {label!r} is no number")
+        pairs = [(text, label > 0) for text, label in zip(docs, labels, strict=True)]
     else:
         sides = [(row.get(field), field == "positive") for field in ("positive", "negative")]
         pairs = [

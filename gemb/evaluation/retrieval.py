@@ -142,11 +142,11 @@ def _judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
                 raise GembError(
                     f"{path}:{line}: {len(parts)} columns, but query-id, corpus-id and score are 3, with tabs"
                 )
-            if line == 1 and not parts[2].lstrip("-").isdigit():
-                continue  # the header
             try:
                 grade = int(float(parts[2]))
-            except ValueError:
+            except (ValueError, OverflowError):
+                if line == 1:
+                    continue  # the header
                 raise GembError(f"{path}:{line}: the score {parts[2]!r} is no number") from None
             yield line, parts[0], parts[1], grade
 
@@ -169,10 +169,18 @@ def _line_of(path: Path, query: str, document: str) -> int:
 
 
 def _records(path: Path, *, titles: bool, wanted: set[str] | None = None) -> tuple[list[Record], set[str]]:
-    """The rows of a file, those that are wanted, and the ids of rows without a text."""
+    """The rows of a file, those that are wanted, and the ids of rows without a text.
+
+    Raises GembError for a broken row, and for an id that comes twice: a judgement of it could mean either.
+    """
     records: list[Record] = []
     empty: set[str] = set()
+    seen: set[str] = set()
     for row in read_records(resolve_inputs([str(path)]), ReadOptions(use_titles=titles)):
+        if row.id is not None:
+            if row.id in seen:
+                raise GembError(f"{path}:{row.line}: the id {row.id!r} comes a second time; ids are unique")
+            seen.add(row.id)
         if isinstance(row, Record):
             if wanted is None or row.id in wanted:
                 records.append(row)

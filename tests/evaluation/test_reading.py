@@ -104,6 +104,22 @@ def test_candidates_are_reranked_and_one_sided_queries_left_out(tmp_path: Path) 
             Choices(),
             ":1: \"score\" is 'high', not a number",
         ),
+        (
+            [{"sentence1": "a", "sentence2": "b", "score": "nan"}],
+            Choices(),
+            ":1: \"score\" is 'nan', not a number",
+        ),
+        ([{"sentence1": "a", "sentence2": "b"}], Choices("similarity"), ':1: "score" is None, not a number'),
+        (
+            [{"sentence1": "a", "sentence2": "b", "label": label} for label in (0, 1, 2)],
+            Choices(),
+            ": the labels are 0, 1, 2; name the one that says yes with --positive",
+        ),
+        (
+            [{"query": "q", "docs": ["a", "b"], "labels": ["1", "0"]}],
+            Choices(),
+            ":1: the label '1' is no number",
+        ),
         ([{"sentence1": 3, "sentence2": "b", "score": 1}], Choices(), ':1: "sentence1" is 3, not a string'),
         (SCORED[:1], Choices(), ": every score is 5.0; a correlation needs different ones"),
         (

@@ -153,6 +153,21 @@ def test_trec_judgements_with_four_columns_are_read(tmp_path: Path) -> None:
     assert read_beir(write_beir(tmp_path / "sea", "q1\t0\ta\t1\n")).qrels == {"q1": {"a": 1}}
 
 
+def test_grades_may_be_decimals_and_the_first_line_is_no_header_then(tmp_path: Path) -> None:
+    assert read_beir(write_beir(tmp_path / "sea", "q1\ta\t2.0\nq2\tc\t1.0\n")).qrels == {
+        "q1": {"a": 2},
+        "q2": {"c": 1},
+    }
+
+
+def test_an_id_that_comes_twice_is_told(tmp_path: Path) -> None:
+    rows = [{"_id": "a", "text": "x"}, {"_id": "b", "text": "y"}, {"_id": "a", "text": "z"}]
+    folder = write_beir(tmp_path / "sea", documents="".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(GembError) as caught:
+        read_beir(folder)
+    assert str(caught.value) == f"{folder}/corpus.jsonl:3: the id 'a' comes a second time; ids are unique"
+
+
 def test_a_missing_split_and_a_broken_row_are_told(tmp_path: Path) -> None:
     folder = write_beir(tmp_path / "sea", documents='{"_id": "a", "text": "x"}\n{broken\n')
     with pytest.raises(GembError, match=r"corpus.jsonl:2: broken JSON at column 2"):
