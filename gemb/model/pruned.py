@@ -71,12 +71,14 @@ def write_pruned(
     *,
     keep_layers: Sequence[int] = (),
     texts: Iterable[str] | None = None,
+    largest: int | None = None,
 ) -> Pruned:
     """Write to `target` the model of `source` with fewer layers, and with the entries that `texts` need.
 
     `keep_layers` counts from 0, ascending; without it all stay. `texts`, read once as a stream, get the same
     tokens as before, at any length, with every prompt of the model; None keeps the whole vocabulary. Special
-    tokens always stay. What other texts need is told in `gemb.model.vocabulary`.
+    tokens always stay. What other texts need is told in `gemb.model.vocabulary`. Of the tokens that occur
+    `largest` keeps only so many, the most frequent ones; rarer words are then told by shorter pieces.
 
     Raises MismatchError for a layer that is not there and for a model or tokenizer that cannot be cut,
     GembError if `target` exists or cannot be written; then nothing is left there.
@@ -88,7 +90,7 @@ def write_pruned(
     kept_layers = tuple(keep_layers) or tuple(range(layers))
     _check_layers(source, kept_layers, layers)
     rows = int(source.text_config["vocab_size"])
-    cut = None if texts is None else _cut(source, texts, rows)
+    cut = None if texts is None else _cut(source, texts, rows, largest)
     with appearing(target) as place:
         for folder in {source.path, source.tokenizer_folder, *(module.folder for module in source.modules)}:
             copy_files(folder, place / folder.relative_to(source.path))
@@ -137,7 +139,7 @@ def _check_layers(source: ModelFolder, kept: Sequence[int], layers: int) -> None
         )
 
 
-def _cut(source: ModelFolder, texts: Iterable[str], rows: int) -> CutVocabulary:
+def _cut(source: ModelFolder, texts: Iterable[str], rows: int, largest: int | None) -> CutVocabulary:
     """The vocabulary that the texts need."""
     file = source.tokenizer_folder / "tokenizer.json"
     if not file.is_file():
@@ -167,7 +169,8 @@ def _cut(source: ModelFolder, texts: Iterable[str], rows: int) -> CutVocabulary:
     if not seen:
         raise GembError("keep_vocab gives no text; name files with texts in them, or leave it out")
     count([*prefixes, ""])
-    used = {*np.flatnonzero(counts).tolist(), *_declared_ids(source.config)}
+    frequent = np.argsort(-counts, kind="stable")[:largest]
+    used = {*frequent[counts[frequent] > 0].tolist(), *_declared_ids(source.config)}
     named = _named_tokens(source.tokenizer_folder)
     cut = cut_vocabulary(read_json(file), used, named=named, rows=rows)
     padding = int(source.text_config.get("pad_token_id") or 0)

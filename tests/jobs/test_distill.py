@@ -191,6 +191,35 @@ def test_a_distillation_stopped_in_the_middle_goes_on_to_the_same_student(
     assert (output / "model.safetensors").read_bytes() == (whole[1] / "model.safetensors").read_bytes()
 
 
+def test_a_student_is_cut_from_another_model(place: Path, tmp_path: Path) -> None:
+    changes = ["model=null", f"student={{from: {place / 'base'}, keep_layers: [0, 2], keep_vocab: data}}"]
+    report = distilled(place, tmp_path / "out", *changes)
+    assert report.title.startswith(f"distilled {place / 'base'}, layers 0 2, vocabulary of data on ")
+    before, after = (load_file(folder / "model.safetensors") for folder in (place / "base", tmp_path / "out"))
+    (table,) = (name for name in before if "embed_tokens" in name)
+    assert len(after[table]) < len(before[table])
+    assert len(after) < len(before)
+    assert Encoder.load(tmp_path / "out", threads=1).embed(["w4 w5"], as_="query").shape == (1, 64)
+
+
+def test_the_vocabulary_of_a_student_may_come_from_files(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "w4 w5 w6"}\n{"title": "w7", "text": "w8"}\n')
+    student = f"{{from: {place / 'base'}, keep_vocab: [{tmp_path / 'texts.jsonl'}], vocabulary: 9}}"
+    distilled(place, tmp_path / "out", "model=null", f"student={student}", "steps=1")
+    sizes = [
+        json.loads((folder / "config.json").read_text())["vocab_size"]
+        for folder in (place / "base", tmp_path / "out")
+    ]
+    assert sizes[1] < sizes[0]
+
+
+def test_a_small_random_student_is_made_on_the_spot(place: Path, tmp_path: Path) -> None:
+    prompts = "data.0.prompts={query: none, passage: none}"
+    nothing = "evaluation.pairs=[]"
+    distilled(place, tmp_path / "out", "model=null", "student={from: tiny-gemma3}", prompts, nothing)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["hidden_size"] == 192
+
+
 def test_score_matching_teaches_without_a_map(place: Path, tmp_path: Path) -> None:
     distilled(place, tmp_path / "out", "losses=[{name: score_matching}]")
     values = losses(tmp_path / "out", "score_matching")
@@ -274,6 +303,14 @@ def test_a_teacher_that_cannot_teach_is_refused(
         (
             ["student={from: minilm, keep_layers: [2, 1]}", "model=null"],
             "keep_layers is [2, 1]; give each layer once, ascending from 0",
+        ),
+        (
+            ["student={from: minilm, vocabulary: 9}", "model=null"],
+            "vocabulary is counted over the texts of keep_vocab; give those, too",
+        ),
+        (
+            ["student={from: tiny-gemma3, keep_layers: [1]}", "model=null"],
+            "tiny-gemma3 is made anew and has nothing to keep; name another model",
         ),
     ],
 )

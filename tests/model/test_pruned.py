@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentence_transformers
+import tokenizers
 from safetensors.torch import load_file
 
 from gemb import Encoder
@@ -11,6 +12,7 @@ from gemb.errors import GembError, MismatchError
 from gemb.model.folder import read_folder
 from gemb.model.hub import find_model
 from gemb.model.pruned import write_pruned
+from gemb.text.tokenisation import Tokeniser
 from tests.models import random_texts, tiny_folder
 
 TEXTS = random_texts([3, 9, 17, 1, 30], seed=2)
@@ -43,6 +45,22 @@ def test_a_cut_model_gives_the_same_vectors_here_and_in_sentence_transformers(
     np.testing.assert_allclose(ours, theirs, atol=2e-5)  # two implementations in fp32
     whole = encoder(source).embed(TEXTS, as_="none")
     assert np.abs(ours - whole).max() > 0.01  # the layers that went did something
+
+
+def test_of_many_tokens_the_most_frequent_stay_and_rare_words_become_pieces(tmp_path: Path) -> None:
+    source = read_folder(find_model("minilm"))
+    texts = ["the model reads the words"] * 3 + ["photosynthesis"]
+    whole = write_pruned(source, tmp_path / "whole", texts=texts)
+    fewer = write_pruned(source, tmp_path / "fewer", texts=texts, largest=6)  # [CLS], [SEP] and four words
+    assert fewer.vocabulary[1] == whole.vocabulary[1] - 3
+    pieces = {}
+    for name in ("whole", "fewer"):
+        tokeniser = Tokeniser.load(tmp_path / name, max_tokens=64, lower_case=True)
+        pieces[name] = [int(tokeniser.encode([text]).lengths[0]) for text in texts[2:]]
+        unknown = tokenizers.Tokenizer.from_file(str(tmp_path / name / "tokenizer.json")).encode(texts[3])
+        assert "[UNK]" not in unknown.tokens
+    assert pieces["whole"] == [7, 5]
+    assert pieces["fewer"] == [7, 2 + len("photosynthesis")]
 
 
 @pytest.mark.parametrize("name", ["gemma3", "bert", "roberta", "embedding_gemma2"])
