@@ -28,7 +28,7 @@ SHARES = (0.5, 0.1, 0.01, 0.001)
 K = 10
 WANTED = 0.99
 PARTS = 1000
-BATCH = 16
+BATCH = 8
 """Queries a call: the filter is evaluated once for all of them, and the graph is used."""
 
 

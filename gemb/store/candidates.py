@@ -29,12 +29,12 @@ EXACT_QUERIES = 16
 """From so many queries at once on, an exact search multiplies all vectors in float32 instead of codes."""
 WALKED_VALUES = 40_000
 """Code values that a scan goes through in the time in which a graph looks at one candidate more."""
-SCAN_QUERIES = 64
+SCAN_QUERIES = 16
 SCAN_VALUES = 50_000_000
 """With so many queries at once, a scan of up to so many code values costs less than the graph.
 
-Measured with benchmarks/store/switch.py on a processor with AMX: 0.6 to 0.8 of the graph's time from 64
-queries on, up to 38 million values. It would pay for more there; slower integer instructions are the rule.
+Measured with benchmarks/store/switch.py on a processor with AMX: 0.4 to 0.8 of the graph's time up to 38
+million values. It would pay for more there; processors with slower integer instructions set the limit.
 """
 FINE_SPARE = 16
 """Rows scored anew beyond k where float32 products of a matrix multiplication were ranked."""

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gemb.store.scan import LEFT_OUT, BestRows, PackedQueries, block_spans
+from gemb.store.scan import LEFT_OUT, BestRows, PackedQueries, _places, block_spans
 
 RANDOM = np.random.default_rng(3)
 
@@ -71,3 +71,11 @@ def test_rows_left_out_are_never_found(queries: int) -> None:
 
 def test_nothing_offered_finds_nothing() -> None:
     assert BestRows(2, 3).rows()[0].tolist() == [[-1] * 3] * 2
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 8), (5, 7), (16, 1), (64, 33)])
+@pytest.mark.parametrize("share", [0.0, 0.02, 1.0])
+def test_places_are_those_of_a_plain_search(shape: tuple[int, int], share: float) -> None:
+    passed = np.random.default_rng(9).random(shape) < share
+    for found, wanted in zip(_places(passed), np.nonzero(passed), strict=True):
+        np.testing.assert_array_equal(found, wanted)
