@@ -48,7 +48,7 @@ def test_an_exact_search_of_many_queries_ranks_negative_cosines_rightly(
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     wanted = np.sort(-(unit @ unit[0]))[:600][::-1][:10]  # of the 600 rows farthest from the query
     assert wanted[0] < 0
-    np.testing.assert_allclose(near.scores, np.repeat(wanted[None], len(asked), axis=0), atol=1e-6)
+    np.testing.assert_allclose(near.scores, np.repeat(wanted[None], len(asked), axis=0), atol=2e-4)
 
 
 @pytest.mark.parametrize("kept", [1500, 600])
