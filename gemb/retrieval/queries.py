@@ -17,6 +17,9 @@ from gemb.text.prompts import QUERY, Prompts
 if TYPE_CHECKING:
     from gemb.engine.encoder import Encoder
 
+SPECIAL_TOKENS = 4
+"""More than any model sets around a text."""
+
 
 class QueryEncoder:
     """What makes vectors of queries for one index, and for all others that `check_shared` lets pass.
@@ -67,20 +70,25 @@ class QueryEncoder:
     def lost_tokens(self, texts: Sequence[str], *, as_: str | None = None) -> list[int]:
         """How many tokens of each text, at least, `embed` cuts away because the model takes no more.
 
-        Costs nothing for texts of fewer characters than the model takes tokens.
+        Costs nothing for texts that have, with their prompt, fewer bytes than the model takes tokens.
         """
         with self._turn:
             folder = self._loaded().folder
+        template = Prompts(folder.prompts, folder.default_prompt).template(as_ or query_prompt(self._record))
+        rendered = [template.render(text, None) for text in texts]
         lost = [0] * len(texts)
-        long = [place for place, text in enumerate(texts) if len(text) >= folder.max_tokens]
+        # No token is shorter than a byte; a character can be several tokens.
+        long = [
+            place
+            for place, text in enumerate(rendered)
+            if len(text.encode()) + SPECIAL_TOKENS > folder.max_tokens
+        ]
         if long:
             from gemb.engine.encoder import load_tokeniser
 
-            prompts = Prompts(folder.prompts, folder.default_prompt)
-            template = prompts.template(as_ or query_prompt(self._record))
-            rendered = [template.render(texts[place], None) for place in long]
-            for place, count in zip(long, load_tokeniser(folder).encode(rendered).lost, strict=True):
-                lost[place] = int(count)
+            encoded = load_tokeniser(folder).encode([rendered[place] for place in long])
+            for place, count in zip(long, encoded.lost.tolist(), strict=True):
+                lost[place] = count
         return lost
 
     def load(self) -> None:

@@ -252,6 +252,8 @@ def test_a_query_longer_than_the_model_takes_is_told(films: Path, tmp_path: Path
         "cut": "1 query lost at least 46 tokens, which the model does not take",
     }
     assert hits == ask(films, query="whale " * 254, k=1)[1]
+    report, _ = ask(films, query="!" * 255, k=1)  # a token each: fewer characters than tokens that are taken
+    assert (report.data["cut"], report.data["lost_tokens"]) == (1, 1)
     queries = write_queries(tmp_path, ["whale", "rat " * 260, "a " * 254])["queries.jsonl"]
     report, _ = ask(films, queries=str(queries), k=1)
     assert (report.data["cut"], report.data["lost_tokens"]) == (1, 6)
