@@ -162,7 +162,8 @@ def delete(
             return _deleted(path, found, missing, index.state.documents, dry_run=True)
     with (
         _steps(on_progress, f"interrupted; nothing was deleted from {path}") as on_step,
-        _writer(path, on_progress, on_step, 1, wait_lock) as writer,
+        # What the writer does after its commit must not be interrupted with that message.
+        _writer(path, on_progress, lambda step: None, 1, wait_lock) as writer,
     ):
         missing = _Missing()
         # Opened behind the writer, so that both see the same documents; and closed before it.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemb.errors import Exit, GembError, LockedError, MismatchError, UnavailableError
+from gemb.errors import Exit, GembError, Interrupted, LockedError, MismatchError, UnavailableError
 from gemb.files import Lock, file_digest, write_json
 from gemb.jobs import index_care as care
 from gemb.jobs import info
@@ -20,7 +22,7 @@ from gemb.jobs.index import IndexRecipe
 from gemb.jobs.index import run as run_index
 from gemb.jobs.index_export import export
 from gemb.report import Event
-from gemb.store import Document, Index, Settings, Writer
+from gemb.store import Document, Index, Settings, Step, Writer
 from gemb.vectors import Layout, open_sink, open_vectors
 from gemb.vectors.layout import MANIFEST
 
@@ -156,6 +158,27 @@ def test_delete_without_a_word_or_with_a_wrong_filter_deletes_nothing(made: Path
     with pytest.raises(GembError, match="--where and ids cannot be given together"):
         care.delete(made, ids=["d1"], where="year = 1")
     assert len(ids_of(made)) == 41
+
+
+def test_a_signal_before_the_commit_deletes_nothing_and_one_after_it_changes_nothing(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(care, "IDS_AT_ONCE", 4)
+    with pytest.raises(Interrupted) as raised:
+        care.delete(made, interrupt, where="year < 2000 or year > 2010")
+    assert str(raised.value) == f"interrupted; nothing was deleted from {made}"
+    assert len(ids_of(made)) == 41
+
+    def merge(writer: Writer) -> None:
+        interrupt()
+        writer._on_step(Step("merging", 1, 1))
+
+    monkeypatch.setattr(Writer, "_merge_small", merge)
+    assert care.delete(made, ids=["d1"]).data["removed"] == 1
+    assert len(ids_of(made)) == 40
 
 
 @pytest.mark.parametrize("act", [care.compact, care.delete, care.rebuild])
