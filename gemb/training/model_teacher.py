@@ -25,6 +25,7 @@ from gemb.model.hub import find_model
 from gemb.text.batches import Batch
 from gemb.text.prompts import NONE, Prompts
 from gemb.text.tokenisation import Tokeniser
+from gemb.training import stored_teacher
 from gemb.training.batches import TrainingBatch
 from gemb.training.data_recipe import DataSet, PromptText
 from gemb.training.distill_recipe import DistillRecipe
@@ -45,6 +46,8 @@ def opener(recipe: DistillRecipe) -> OpenTeacher:
     settings = recipe.teacher
     if settings is None:
         raise GembError("no teacher given; a distillation needs one, such as teacher: {model: minilm}")
+    if settings.vectors is not None:
+        return stored_teacher.opener(recipe)
 
     @contextmanager
     def opened(folder: RunFolder, device: Device, held_out: Sequence[DataSet]) -> Iterator[Teaching]:
