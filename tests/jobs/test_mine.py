@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ import pytest
 from numpy.typing import NDArray
 
 from gemb.engine import Engine
-from gemb.errors import Exit, GembError
+from gemb.errors import Exit, GembError, Interrupted
 from gemb.files import Journal
 from gemb.jobs import mine as job
 from gemb.jobs.mine import MineRecipe
+from gemb.mining.rules import Choice, choose
 from gemb.report import Report
 from gemb.text.batches import Batch
 from gemb.training.data_recipe import ColumnNames, DataSet
@@ -212,6 +215,38 @@ def _named(path: str) -> Any:  # noqa: ANN401
     except ModuleNotFoundError:
         module, _, name = path.rpartition(".")
         return getattr(importlib.import_module(module), name)
+
+
+def test_a_signal_ends_the_run_behind_the_block_in_hand_and_the_next_run_goes_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gemb.jobs.mining.BLOCK_ROWS", 10)
+    pairs = bench.write(some_pairs())
+    bench.run(pairs, output="whole.jsonl")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gemb.jobs.mining.choose", _signalling(patch))
+        with pytest.raises(Interrupted) as caught:
+            bench.run(pairs)
+    work = bench.place / "mined.jsonl.partial"
+    assert caught.value.exit_code == Exit.TERMINATED
+    assert str(caught.value) == (
+        f"interrupted; what is done is kept in {work}, run the same command again to go on"
+    )
+    assert len((work / "mined.jsonl").read_text().splitlines()) == 10
+    bench.run(pairs)
+    assert (bench.place / "whole.jsonl").read_bytes() == (bench.place / "mined.jsonl").read_bytes()
+
+
+def _signalling(patch: pytest.MonkeyPatch) -> Callable[..., Choice]:
+    """`choose` that sends SIGTERM to this process the first time."""
+
+    def call(*arguments: Any) -> Choice:  # noqa: ANN401
+        patch.setattr("gemb.jobs.mining.choose", choose)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return choose(*arguments)
+
+    return call
 
 
 def test_bytes_behind_the_journal_are_cut_off(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

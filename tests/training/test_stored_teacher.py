@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
@@ -179,7 +180,7 @@ def test_stored_vectors_teach_the_same_student_as_the_model_that_gave_them(tmp_p
     np.save(tmp_path / "vectors.npy", np.concatenate(asked))
     (tmp_path / "vectors.ids.txt").write_text("".join(f"{row['id']}\n" for row in rows))
     write_texts(tmp_path, rows)
-    students = []
+    students: list[dict[str, torch.Tensor]] = []
     for teacher in ("{model: ./teacher}", "{vectors: vectors.npy, texts: texts.jsonl}"):
         (tmp_path / "r.yaml").write_text(f"{RECIPE}teacher: {teacher}\n")
         output = tmp_path / f"student{len(students)}"
