@@ -1,0 +1,104 @@
+"""The ablations: arms that differ in one thing, lines that outlive a crash, a table of what is there."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import ablate
+from gemb.jobs.distill import DistillRecipe
+from gemb.jobs.train import TrainRecipe
+from gemb.recipe import load, resolved
+from gemb.training.recipe import flat
+
+DIFFERENCES = {
+    ("contrastive", "spread_out"): {"losses.1"},
+    ("hardness_0", "contrastive"): {"losses.0.hardness"},
+    ("no_mask", "mask"): {"losses.0.mask_duplicates"},
+    ("matching_no_negatives", "matching"): {"losses.0.hard_negatives"},
+}
+
+
+def recipe_of(arm: str) -> dict[str, object]:
+    file = ablate.ARMS / f"{arm}.yaml"
+    kind = DistillRecipe if "kind: distill" in file.read_text() else TrainRecipe
+    return flat(resolved(load(file, kind)))
+
+
+def line(arm: str, seed: int, **measures: float) -> dict[str, Any]:
+    return {"arm": arm, "seed": seed, "recipe": ablate.digest_of(arm), "measures": measures}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(ablate, "LINES", tmp_path / "results" / "ablations.jsonl")
+    monkeypatch.setattr(ablate, "TABLE", tmp_path / "results" / "ablations.md")
+    return tmp_path / "results"
+
+
+def test_every_recipe_is_an_arm_and_every_arm_has_a_recipe() -> None:
+    arms = {arm for comparison in ablate.COMPARISONS for arm in comparison.arms}
+    assert arms == {file.stem for file in ablate.ARMS.glob("*.yaml")}
+    assert len(list(ablate.wanted())) == 3 * len(arms) == 30
+
+
+@pytest.mark.parametrize("arms", DIFFERENCES)
+def test_the_arms_of_a_comparison_differ_in_one_thing(arms: tuple[str, str]) -> None:
+    one, other = map(recipe_of, arms)
+    different = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+    assert {next((name for name in DIFFERENCES[arms] if key.startswith(name)), key) for key in different} == (
+        DIFFERENCES[arms]
+    )
+
+
+def test_all_arms_of_a_comparison_see_the_same_data_for_as_many_steps() -> None:
+    for comparison in ablate.COMPARISONS:
+        shared = [
+            {
+                key: value
+                for key, value in recipe_of(arm).items()
+                if key.startswith(("data", "steps", "batch"))
+            }
+            for arm in comparison.arms
+        ]
+        assert all(one == shared[0] for one in shared), comparison.title
+
+
+def test_a_line_that_a_crash_left_half_written_is_passed_over(place: Path) -> None:
+    ablate.append(line("mask", 1, a=0.5))
+    with ablate.LINES.open("ab") as file:
+        file.write(b'{"arm": "mask", "seed": 2, "measures": {"a": 0.1}')
+    assert set(ablate.finished()) == {("mask", 1)}
+    ablate.append(line("mask", 3, a=0.7))
+    assert set(ablate.finished()) == {("mask", 1), ("mask", 3)}
+
+
+def test_a_changed_recipe_is_missing_again(place: Path) -> None:
+    ablate.append({**line("mask", 1, a=0.5), "recipe": "another"})
+    assert ablate.finished() == {}
+
+
+def test_only_what_is_missing_is_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, int]] = []
+
+    def run_arm(arm: str, seed: int) -> dict[str, object]:
+        ran.append((arm, seed))
+        return {**line(arm, seed, a=0.5), "seconds": 1}
+
+    monkeypatch.setattr(ablate, "run_arm", run_arm)
+    ablate.append(line("mask", 2, a=0.5))
+    ablate.main(arm="mask", only_table=False)
+    assert ran == [("mask", 1), ("mask", 3)]
+    ablate.main(arm="mask", seed=1, only_table=False)
+    assert len(ran) == 2
+
+
+def test_the_table_has_mean_and_spread_and_says_what_is_missing(place: Path) -> None:
+    done = {("mask", seed): line("mask", seed, **{"x [f32]": value}) for seed, value in ((1, 0.5), (2, 0.7))}
+    done[("no_mask", 1)] = line("no_mask", 1, **{"x [f32]": 0.4, "x [int8]": 0.1})
+    page = ablate.table(done)
+    assert "Partial: 3 of 30 runs; missing contrastive/1, " in page
+    assert "| measure | no_mask (n=1) | mask (n=2) |" in page
+    assert "| x | 0.400 | 0.600 ± 0.141 |" in page
+    assert "int8" not in page.partition("## Equal texts masked")[2].partition("##")[0]
+    assert "## Same-tower negatives\n\nNo run yet." in page
