@@ -85,15 +85,10 @@ def measure_space(task: Task, vectors: Mapping[str, Rows], view: View, *, seed: 
     Raises GembError for another task, or fewer than 10 queries with different relevant documents.
     """
     query_role, document_role, pairs = pairs_of(task)
+    drawn = drawn_pairs(task, seed=seed)
     queries = Viewed(vectors[query_role], view, None).all()
     documents = cut(vectors[document_role], view.dims, normalise=True)
     random = np.random.default_rng(seed)
-    drawn = _drawn(pairs, random)
-    if len(drawn) < LEAST_PAIRS:
-        raise GembError(
-            f"{task.name} has {len(drawn)} queries with different relevant documents; --space needs "
-            f"{LEAST_PAIRS} or more"
-        )
     own, theirs = queries[drawn[:, 0]], documents[drawn[:, 1]]
     some = random.permutation(len(documents))[:UNIFORMITY_ROWS]
     similarities, _ = nearest(queries, Viewed(vectors[document_role], view, None), 1)
@@ -137,6 +132,24 @@ def pairs_of(task: Task) -> tuple[str, str, NDArray[np.int64]]:
         f"{task.name} is {task.kind}, which has no queries and documents; --space shows retrieval, reranking "
         "and bitext"
     )
+
+
+def drawn_pairs(task: Task, *, seed: int = 42) -> NDArray[np.int64]:
+    """[P, 2], at most 400 of a task's pairs, in which no query and no document comes twice.
+
+    Raises GembError for a task without queries and documents, and for fewer than 10 pairs.
+    """
+    _, _, pairs = pairs_of(task)
+    drawn = pairs[np.random.default_rng(seed).permutation(len(pairs))]
+    for column in (0, 1):
+        _, first = np.unique(drawn[:, column], return_index=True)
+        drawn = drawn[np.sort(first)]
+    if len(drawn) < LEAST_PAIRS:
+        raise GembError(
+            f"{task.name} has {len(drawn)} queries with different relevant documents; --space needs "
+            f"{LEAST_PAIRS} or more"
+        )
+    return drawn[:DRAWN_PAIRS]
 
 
 def probe_accuracy(queries: Rows, documents: Rows, *, seed: int = 42) -> float:
@@ -197,15 +210,6 @@ def self_balancing_ratios(queries: Rows, documents: Rows, *, seed: int = 42) -> 
     told = across != 0
     ratios: Numbers = within[told] / across[told]
     return ratios
-
-
-def _drawn(pairs: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
-    """At most 400 of pairs[P, 2] in which no query and no document comes twice."""
-    shuffled = pairs[random.permutation(len(pairs))]
-    for column in (0, 1):
-        _, first = np.unique(shuffled[:, column], return_index=True)
-        shuffled = shuffled[np.sort(first)]
-    return shuffled[:DRAWN_PAIRS]
 
 
 def _places(rows: Rows, seed: int) -> Rows:

@@ -117,10 +117,10 @@ def run(recipe: EvalRecipe, on_progress: OnProgress = ignore) -> Report:
     choices = Choices(recipe.task, recipe.split, recipe.positive, recipe.samples, recipe.draws, recipe.seed)
     tasks = [read_task(Path(name), choices) for name in recipe.data]
     if recipe.space is not None:
-        from gemb.evaluation.space import pairs_of
+        from gemb.evaluation.space import drawn_pairs
 
         for task in tasks:
-            pairs_of(task)
+            drawn_pairs(task, seed=recipe.seed)  # what has no space shows before a model is loaded
     began = time.monotonic()
     own = _evaluated(recipe, recipe.model or DEFAULT_MODEL, tasks, on_progress)
     verdicts: list[_Verdict] = []

@@ -17,7 +17,7 @@ from gemb.evaluation import mteb as wrapper
 from gemb.evaluation.mteb import Model
 from tests.conftest import ROOT
 
-GEMMA = ("query", "document", "STS", "Retrieval-query", "Reranking", "SciFact")
+GEMMA = ("query", "document", "STS", "Retrieval-query", "Reranking", "Reranking-query", "SciFact")
 
 
 class Role(Enum):
@@ -61,6 +61,7 @@ def task(name: str, kind: str) -> Any:  # noqa: ANN401
         ("SciFact", "Retrieval", Role.query, "SciFact"),
         ("NFCorpus", "Retrieval", Role.query, "Retrieval-query"),
         ("NFCorpus", "Retrieval", Role.document, "document"),
+        ("AskUbuntu", "Reranking", Role.query, "Reranking-query"),
         ("AskUbuntu", "Reranking", Role.document, "Reranking"),
         ("STS12", "STS", None, "STS"),
         ("Banking77", "Classification", None, "none"),

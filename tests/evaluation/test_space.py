@@ -16,6 +16,7 @@ from gemb.evaluation.ranking import Bitext, Reranking
 from gemb.evaluation.retrieval import Retrieval
 from gemb.evaluation.space import (
     alignment,
+    drawn_pairs,
     gap,
     measure_space,
     pairs_of,
@@ -134,7 +135,15 @@ def test_no_query_and_no_document_is_drawn_twice() -> None:
     queries, documents = cloud(30), cloud(12)
     names = [str(number) for number in range(30)]
     task = Retrieval("r", {}, names, names[:12], {name: {str(int(name) % 12): 1} for name in names})
+    drawn = drawn_pairs(task)
+    assert sorted(drawn[:, 1].tolist()) == list(range(12))
+    assert len(set(drawn[:, 0].tolist())) == 12
+    assert (drawn[:, 0] % 12 == drawn[:, 1]).all()
     assert measure_space(task, {"queries": queries, "documents": documents}, View(DIMS)).pairs == 12
+
+
+def test_at_most_400_pairs_are_drawn() -> None:
+    assert len(drawn_pairs(bitext(500))) == 400
 
 
 def test_numbers_are_plain_json_and_counts_add_up() -> None:
@@ -160,7 +169,7 @@ def test_tasks_without_two_towers_and_too_few_pairs_are_refused() -> None:
         "sts is similarity, which has no queries and documents; --space shows retrieval, reranking and bitext"
     )
     with pytest.raises(GembError) as caught:
-        measure_space(bitext(9), {"firsts": cloud(9), "seconds": cloud(9)}, View(DIMS))
+        drawn_pairs(bitext(9))
     assert str(caught.value) == (
         "pairs has 9 queries with different relevant documents; --space needs 10 or more"
     )
