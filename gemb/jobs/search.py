@@ -254,6 +254,8 @@ def run(
             output.flush()
             if is_batch(recipe):
                 on_progress(Event("searching", count, unit="queries"))
+    if not count:
+        raise GembError(f"{recipe.queries or recipe.vectors}: no rows")
     seconds = time.perf_counter() - started
     rows = [("hits", f"{hits:,}")]
     if empty:

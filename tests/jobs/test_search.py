@@ -314,6 +314,13 @@ def test_bad_rows_in_a_file_of_queries_are_told_with_their_lines(films: Path, tm
     assert len(ask(films, queries=str(path), text_field="question", k=1)[1]) == 1
 
 
+def test_a_file_without_a_query_is_told(films: Path, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text("\n", "utf-8")
+    assert refused(films, queries=str(tmp_path / "q.jsonl")) == f"{tmp_path}/q.jsonl: no rows"
+    np.save(tmp_path / "q.npy", np.empty((0, 384), np.float32))
+    assert refused(films, vectors=tmp_path / "q.npy") == f"{tmp_path}/q.npy: no rows"
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
 def test_vectors_that_are_none_are_told(
     films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float
