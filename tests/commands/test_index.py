@@ -323,9 +323,17 @@ def test_each_damaged_file_is_told_with_what_to_run_and_code_1(
     if (name, harm) == ("index.db", "missing"):
         assert done.code == 2
         assert done.err.startswith("gemb: docs.gemb is no index: it has no index.db")
+        assert gemb("search", "docs.gemb", "--like", "a") == done
         return
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("docs.gemb: damaged, ")
     assert "run gemb index rebuild docs.gemb\n" in done.err
     assert f"docs.gemb/{path.relative_to(graph)}: " in done.err
     assert "Traceback" not in done.err
+    for arguments in (["search", "docs.gemb", "--like", "a"], ["index", "compact", "docs.gemb"]):
+        done = gemb(*arguments)
+        if arguments[0] == "index" and harm == "flipped" and name != "index.db":
+            continue  # nothing is to be compacted, so nothing is read
+        assert (done.code, done.out) == (1, "")
+        assert done.err.startswith(f"gemb: docs.gemb/{path.relative_to(graph)} is ")
+        assert done.err.endswith("; run gemb index verify docs.gemb, then gemb index rebuild docs.gemb\n")
