@@ -13,6 +13,7 @@ from torch.multiprocessing.spawn import spawn
 from gemb.errors import GembError
 from gemb.training.gradients import MemoryPlan, batch_gradients
 from gemb.training.ranks import Ranks, ranks_of_environment
+from gemb.training.teaching import new_projection
 from tests.training.fakes import TinyEncoder, tiny_batch
 from tests.training.test_gradients import loss_of
 
@@ -52,6 +53,20 @@ def train_on_one_rank(index: int, count: int, port: int, target: Path) -> None:
                     assert parameter.grad is not None
                     results[f"{name} {keeps} {number}"] = parameter.grad.to_dense()
                 results[f"{name} {keeps} loss"] = torch.tensor(found.loss)
+        tiny, head = TinyEncoder(), new_projection(8, 12, seed=1)
+        every = [*tiny.parameters(), head.weight]
+        batch_gradients(
+            tiny,
+            every,
+            tiny_batch(7, 3),
+            lambda vectors: loss_of(head(vectors)),
+            MemoryPlan(11, 0),
+            loss_parameters=[head.weight],
+            ranks=ranks,
+        )
+        for number, parameter in enumerate(every):
+            assert parameter.grad is not None
+            results[f"mapped {number}"] = parameter.grad
         assert ranks.any(index == 1) is (count > 1)
         assert ranks.smallest(10 + index) == 10
         ranks.wait()
