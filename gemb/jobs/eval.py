@@ -139,7 +139,9 @@ def run(recipe: EvalRecipe, on_progress: OnProgress = ignore) -> Report:
         from gemb.evaluation.plots import draw_spaces
 
         both = [own] if other is None else [own, other]
-        draw_spaces([(each.model, space) for each in both for space in each.spaces], recipe.space)
+        # The end of a long path is what tells two runs apart, and fits beside the picture.
+        named = [("/".join(Path(each.model).parts[-2:]), space) for each in both for space in each.spaces]
+        draw_spaces(named, recipe.space)
     return report
 
 
