@@ -233,6 +233,8 @@ def run(
         raise GembError("stdout is closed, so there is no place for the hits; leave it open")
     if json and is_batch(recipe):
         raise GembError("--json is one object for one query; leave it out, a pipe gets one object a hit")
+    if json and recipe.format in ("table", "trec"):
+        raise GembError(f"--json is a form of its own; leave it or --format {recipe.format} out")
     form = recipe.format if recipe.format != "auto" else "table" if output.isatty() else "jsonl"
     started = time.perf_counter()
     count = hits = cut = lost_tokens = 0

@@ -364,6 +364,12 @@ def test_one_object_for_many_queries_is_refused(films: Path, tmp_path: Path) -> 
     )
 
 
+def test_two_forms_of_one_answer_are_refused(films: Path) -> None:
+    with pytest.raises(GembError) as raised:
+        search.run(recipe(films, query=QUERY, format="trec"), json=True)
+    assert str(raised.value) == "--json is a form of its own; leave it or --format trec out"
+
+
 def test_a_closed_stdout_is_told(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", None)
     with pytest.raises(GembError, match="stdout is closed, so there is no place for the hits"):
