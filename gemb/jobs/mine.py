@@ -160,6 +160,11 @@ class _Setup:
         return self.output.with_name(self.output.name + ".partial")
 
     @property
+    def finished_work(self) -> Path:
+        """What the work folder is called while it is removed."""
+        return self.work.with_name(self.work.name + ".done")
+
+    @property
     def rejects_file(self) -> Path:
         """Where rows go that cannot be used."""
         return self.output.with_name(self.output.name + ".rejects.jsonl")
@@ -291,6 +296,9 @@ def _prepare(recipe: MineRecipe, announce: Callable[[str], None] = lambda _: Non
 def _begin(setup: _Setup, *, overwrite: bool) -> tuple[Request, Report | None]:
     """The request, with its work folder made or found again; or the report of a job that is done."""
     work, job = setup.work, setup.work / "job.json"
+    with os_errors_explained(setup.finished_work):
+        if setup.finished_work.exists():  # of a run that was killed while it tidied up
+            shutil.rmtree(setup.finished_work)
     begun = _begun(job, overwrite=overwrite)
     if begun is not None:
         differences = begun.differences(setup.request(begun.inputs))
@@ -308,7 +316,9 @@ def _begin(setup: _Setup, *, overwrite: bool) -> tuple[Request, Report | None]:
         if done is not None:
             return request, done
     with os_errors_explained(work):
-        if work.exists() and any(work.iterdir()) and not job.exists() and not overwrite:
+        # Hidden files are those of a write that was killed.
+        strange = work.exists() and any(not path.name.startswith(".") for path in work.iterdir())
+        if strange and not job.exists() and not overwrite:
             raise GembError(f"{work} is in the way and is not gemb's; move it, or choose another output")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -503,10 +513,9 @@ class _Job:
                 shutil.copyfile(rows.rejects_path, setup.rejects_file)
         keep_record(setup.output, self._request, report, [file], resolved(setup.recipe))
         with os_errors_explained(setup.work):
-            finished = setup.work.with_name(setup.work.name + ".done")
-            shutil.rmtree(finished, ignore_errors=True)
-            setup.work.rename(finished)
-            shutil.rmtree(finished)
+            # In one step, so that no part of it can be taken for a job that is to be gone on with.
+            setup.work.rename(setup.finished_work)
+            shutil.rmtree(setup.finished_work)
 
 
 def _tables(tally: Tally, wanted: int) -> list[Table]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -182,6 +183,7 @@ def _failing_after(calls: int, real: Callable[..., Any]) -> Callable[..., Any]:
         ("gemb.jobs.mining.sync_to_disk", 2),
         ("gemb.files.Journal.append", 9),
         ("gemb.jobs.mine.atomic_write", 0),
+        ("gemb.jobs.mine.write_json", 0),
         ("gemb.jobs.mine.keep_record", 0),
     ],
 )
@@ -197,7 +199,6 @@ def test_a_run_that_is_cut_off_anywhere_goes_on_to_the_same_bytes(
         patch.setattr(holder, name, _failing_after(calls, getattr(holder, name)))
         with pytest.raises(KeyboardInterrupt):
             bench.run(pairs, pick="random")
-    assert (bench.place / "mined.jsonl.partial").is_dir()
     report = bench.run(pairs, pick="random")
     assert (bench.place / "whole.jsonl").read_bytes() == (bench.place / "mined.jsonl").read_bytes()
     kept = json.loads((bench.place / "whole.jsonl.gemb.json").read_text())["report"]
@@ -245,6 +246,32 @@ def _signalling(patch: pytest.MonkeyPatch) -> Callable[..., Choice]:
         patch.setattr("gemb.jobs.mining.choose", choose)
         os.kill(os.getpid(), signal.SIGTERM)
         return choose(*arguments)
+
+    return call
+
+
+def test_a_run_that_is_cut_off_while_it_tidies_up_is_done(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = bench.write(some_pairs())
+    with monkeypatch.context() as patch:
+        patch.setattr("gemb.jobs.mine.shutil.rmtree", _failing_on_finished(shutil.rmtree))
+        with pytest.raises(KeyboardInterrupt):
+            bench.run(pairs)
+    assert (bench.place / "mined.jsonl.partial.done").exists()
+    assert bench.run(pairs).data["already_done"] is True
+    assert sorted(path.name for path in bench.place.iterdir()) == [
+        "mined.jsonl",
+        "mined.jsonl.gemb.json",
+        "pairs.jsonl",
+    ]
+
+
+def _failing_on_finished(real: Callable[..., None]) -> Callable[..., None]:
+    def call(path: Path, **options: Any) -> None:  # noqa: ANN401
+        if path.name == "mined.jsonl.partial.done":
+            raise KeyboardInterrupt
+        real(path, **options)
 
     return call
 
