@@ -60,8 +60,11 @@ def draw_spaces(spaces: Sequence[tuple[str, Space]], path: Path) -> None:
         )
         nearest.set(xlabel="cosine", ylabel="queries")
         balance.axvline(1, color=_COLOURS[1], label="balanced: 1")
-        _draw_histogram(balance, space.ratios, RATIO_RANGE, _COLOURS[2])
-        outside = 1 - np.mean((space.ratios >= RATIO_RANGE[0]) & (space.ratios <= RATIO_RANGE[1]))
+        # Cosines near 0 give ratios of any size: the far ends are left out, the middle never.
+        low, high = np.quantile(space.ratios, [0.05, 0.95])
+        shown = (min(RATIO_RANGE[0], float(low)), max(RATIO_RANGE[1], float(high)))
+        _draw_histogram(balance, space.ratios, shown, _COLOURS[2])
+        outside = 1 - np.mean((space.ratios >= shown[0]) & (space.ratios <= shown[1]))
         _title(balance, "self-balancing ratio of random pairs", f"{outside:.0%} lie outside of the picture")
         balance.set(xlabel="s(query i, query j) / s(query i, document j)", ylabel="pairs")
     with atomic_write(path) as file:
