@@ -114,19 +114,31 @@ def test_the_teachers_quality_is_what_it_reaches_with_its_own_prompts(
     assert value == pytest.approx(gains.mean())
 
 
-def test_the_value_of_matching_is_the_distance_to_the_teachers_vectors(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("prompts", "names", "prefixes"),
+    [
+        ("{query: none, passage: none}", ("none", "none"), ("", "")),
+        ("{query: query, passage: document}", ("query", "document"), ("", "")),
+        ('{query: {text: "w9 "}, passage: {text: "w8 w7 "}}', ("none", "none"), ("w9 ", "w8 w7 ")),
+    ],
+)
+def test_the_value_of_matching_is_the_distance_to_the_teachers_vectors(
+    place: Path, tmp_path: Path, prompts: str, names: tuple[str, str], prefixes: tuple[str, str]
+) -> None:
     # One step of all rows, so that the first line of the metrics is of the first student and all texts.
-    changes = ["losses.0.projection=false", "batch.pairs=48", "steps=1", "matryoshka.sizes=[32]"]
+    changes = ["losses=[{name: matching}]", "batch.pairs=48", "steps=1", f"teacher.prompts={prompts}"]
     distilled(place, tmp_path / "out", *changes)
     teacher = Encoder.load(place / "teacher", threads=1, precision="fp32")
     student = Encoder.load(place / "base", threads=1, precision="fp32")
     rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
     expected = 0.0
     for role in ("query", "positive", "negative"):
+        is_passage = role != "query"
         texts = [row[role] for row in rows if role in row]
-        mine = student.embed(texts, as_="query" if role == "query" else "document")
+        mine = student.embed(texts, as_="document" if is_passage else "query")
         # Of the wider teacher the first 64 coordinates, at unit length.
-        theirs = teacher.embed(texts, as_="none", dims=64)
+        given = [prefixes[is_passage] + text for text in texts]
+        theirs = teacher.embed(given, as_=names[is_passage], dims=64)
         expected += float(np.linalg.norm(mine - theirs, axis=1).mean())
     assert losses(tmp_path / "out", "matching")[0] == pytest.approx(expected, rel=1e-4)
 
