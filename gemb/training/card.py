@@ -55,10 +55,11 @@ def write_card(folder: Path, recipe: TrainRecipe, record: Mapping[str, Any]) -> 
         sort_keys=False,
     )
     name = Path(str(record["output"])).name
+    done = f"taught by {record['teacher']['name']}" if "teacher" in record else "trained further"
     parts = [
         f"---\n{head}---",
         f"# {name}",
-        f"{record['model']['name']} trained further with gemb {record['versions']['gemb']}: "
+        f"{record['model']['name']} {done} with gemb {record['versions']['gemb']}: "
         f"{record['pairs']:,} pairs, {record['steps']:,} steps, {record['tokens']:,} tokens.",
         _usage(folder, record),
         _scores(record),

@@ -93,6 +93,7 @@ def _planned(setup: Setup, output: Path) -> Plan:
     twice = ", each text encoded twice" if found.encoded_twice else ""
     rows = [
         ("model", f"{setup.model_name}, {numbers:,} parameters, {total_parameters(parameters):,} trained"),
+        *([("teacher", f"{setup.teaching.name}, {setup.teaching.dims} wide")] if setup.teaching else []),
         ("device", setup.device.line),
         ("length", f"{counted(steps, 'step')}" if steps is not None else f"{tokens:,} tokens"),
         ("batch", f"{batch.pairs:,} pairs, about {len(batch.ids):,} tokens; "

@@ -99,6 +99,7 @@ def test_the_report_tells_the_share_of_the_teachers_quality(whole: tuple[Report,
         f"{measures['after'][name]:.3f} of {measures['teacher'][name]:.3f}"
     )
     assert report.title.startswith("distilled ")
+    assert f" taught by {teacher['name']} with gemb " in (output / "README.md").read_text()
 
 
 def test_the_teachers_quality_is_what_it_reaches_with_its_own_prompts(
@@ -243,6 +244,7 @@ def test_a_plan_tells_the_terms_and_leaves_nothing(place: Path, tmp_path: Path) 
     terms = found.data["terms"]
     assert isinstance(terms, dict)
     assert set(terms) == {"matching", "contrastive", "spread_out"}
+    assert dict(found.rows)["teacher"] == f"{place / 'teacher'}, 96 wide"
     assert not any(tmp_path.iterdir())
 
 
