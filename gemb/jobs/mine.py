@@ -549,6 +549,6 @@ def _rules_shown(recipe: MineRecipe) -> str:
 def _columns_shown(recipe: MineRecipe) -> str:
     """What a training recipe says to read the output."""
     if recipe.columns is None:
-        return f"path: {recipe.output}"
+        return f"path: {recipe.output}" + (", shape: pairs" if recipe.shape == "pairs" else "")
     names = recipe.columns.model_dump(exclude_none=True) | {"negative": "negative"}
     return f"path: {recipe.output}, columns: {{{', '.join(f'{k}: {v}' for k, v in names.items())}}}"

@@ -99,6 +99,15 @@ def test_other_texts_can_still_be_told(kind: str) -> None:
     assert pieces.replace("▁", "").replace("Ġ", "") == other.replace(" ", "")
 
 
+def test_the_lowest_score_stays_because_the_unknown_follows_from_it() -> None:
+    # "q" is unknown alone, at 10 below the lowest score: -30.5 - 1 loses against -30, -25 - 1 would win.
+    pieces = [("<unk>", 0.0), ("qa", -15.0), ("b", -15.0), ("ab", -1.0), ("rare", -20.5)]
+    before = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    after, _ = cut(before, ["qab", "ab"])
+    assert before.encode("qab").tokens == ["qa", "b"]
+    assert after.encode("qab").tokens == ["qa", "b"]
+
+
 def test_entries_behind_the_table_go() -> None:
     before = trained("bytes")
     after, kept = cut(before, FEW, rows=before.get_vocab_size() - 2)
