@@ -91,7 +91,7 @@ def test_mistakes_in_options_come_all_at_once(gemb: Gemb, model: Path) -> None:
         "gemb: command line: 3 problems",
         "  --dtype: 'f8' is not one of f32, f16, bf16, int8, binary",
         "  --max-rejects: 'x' is neither a number of rows like 100 nor a share like 5%",
-        "  --shard: --shard 3/3: the first number goes from 0 to 2, one for each shard",
+        "  --shard: 3/3: the first number goes from 0 to 2, one for each shard",
     ]
 
 
