@@ -11,6 +11,7 @@ shows means and spreads, and says what is not there yet. Needs `../shared/data`.
 """
 
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -77,35 +78,41 @@ def wanted() -> Iterator[tuple[str, int]]:
 
 
 def run_arm(arm: str, seed: int) -> dict[str, object]:
-    """Train one arm with one seed and measure the result in every view; gives its line."""
+    """Train one arm with one seed and measure the result in every view; gives its line.
+
+    What was killed goes on where it was: the run has a folder of its own until its line is written.
+    """
     from gemb.jobs import distill, train
     from gemb.recipe import load
 
     began = time.monotonic()
     source = ARMS / f"{arm}.yaml"
     is_distilled = "\nkind: distill\n" in source.read_text(encoding="utf-8")
-    with tempfile.TemporaryDirectory(prefix="gemb-ablate-") as folder:
-        options = {"output": Path(folder) / "model", "seed": seed, "threads": 1, "precision": "fp32"}
-        recipe = load(source, distill.DistillRecipe if is_distilled else train.TrainRecipe, (), options)
-        sets = recipe.evaluation.sets
-        # They are measured once, at the end, in all views.
-        recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"sets": ()})})
-        report = distill.run(recipe) if isinstance(recipe, distill.DistillRecipe) else train.run(recipe)
-        measured = measures(Path(folder) / "model", sets)
-    after = report.data.get("measures")
-    for name, value in (after["after"] if isinstance(after, dict) else {}).items():
-        measured[f"{name} [f32]"] = value
+    options = {"output": folder_of(arm, seed) / "model", "seed": seed, "threads": 1, "precision": "fp32"}
+    recipe = load(source, distill.DistillRecipe if is_distilled else train.TrainRecipe, (), options)
+    sets = recipe.evaluation.sets
+    # They are measured once, at the end, in all views.
+    recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"sets": ()})})
+    report = distill.run(recipe) if isinstance(recipe, distill.DistillRecipe) else train.run(recipe)
+    data: Mapping[str, Any] = report.data
+    after = {f"{name} [f32]": value for name, value in data["measures"].get("after", {}).items()}
     return {
         "arm": arm,
         "seed": seed,
         "recipe": digest_of(arm),
-        "measures": measured,
-        "steps": report.data["steps"],
-        "tokens": report.data["tokens"],
+        "measures": {**after, **measures(folder_of(arm, seed) / "model", sets)},
+        "steps": data["steps"],
+        "tokens": data["tokens"],
+        "train_seconds": data["step_seconds"],
         "seconds": round(time.monotonic() - began, 1),
         "machine": this_machine().slug,
-        "versions": report.data["versions"],
+        "versions": data["versions"],
     }
+
+
+def folder_of(arm: str, seed: int) -> Path:
+    """Where a run is until its line is written."""
+    return Path(tempfile.gettempdir()) / f"gemb-ablate-{arm}-{seed}-{digest_of(arm)}"
 
 
 def measures(model: Path, sets: Sequence[str]) -> dict[str, float]:
@@ -202,6 +209,7 @@ def main(
             if arm in (None, name) and seed in (None, number) and (name, number) not in finished():
                 line = run_arm(name, number)
                 append(line)
+                shutil.rmtree(folder_of(name, number), ignore_errors=True)
                 print(f"{name} {number}: {line['seconds']} s, {line['measures']}")
     with atomic_write(TABLE) as file:
         file.write(table(finished()).encode())

@@ -9,6 +9,7 @@ from benchmarks import ablate
 from gemb.jobs.distill import DistillRecipe
 from gemb.jobs.train import TrainRecipe
 from gemb.recipe import load, resolved
+from gemb.report import Report
 from gemb.training.recipe import flat
 
 DIFFERENCES = {
@@ -76,6 +77,27 @@ def test_a_line_that_a_crash_left_half_written_is_passed_over(place: Path) -> No
 def test_a_changed_recipe_is_missing_again(place: Path) -> None:
     ablate.append({**line("mask", 1, a=0.5), "recipe": "another"})
     assert ablate.finished() == {}
+
+
+@pytest.mark.parametrize(
+    ("arm", "job", "own"), [("mask", "train", {"after": {"x": 0.3}}), ("both", "distill", {})]
+)
+def test_a_line_holds_what_the_run_measured_and_what_the_views_gave(
+    monkeypatch: pytest.MonkeyPatch, arm: str, job: str, own: dict[str, dict[str, float]]
+) -> None:
+    asked: list[TrainRecipe] = []
+
+    def run(recipe: TrainRecipe) -> Report:
+        asked.append(recipe)
+        data = {"measures": own, "steps": 2, "tokens": 9, "step_seconds": 1.0, "versions": {}}
+        return Report(title="", data=data)
+
+    monkeypatch.setattr(f"gemb.jobs.{job}.run", run)
+    monkeypatch.setattr(ablate, "measures", lambda model, sets: {f"{len(sets)} sets [int8]": 0.2})
+    found = ablate.run_arm(arm, 2)
+    sets = 3 if arm == "both" else 0
+    assert found["measures"] == {f"{sets} sets [int8]": 0.2, **({"x [f32]": 0.3} if own else {})}
+    assert (asked[0].seed, asked[0].threads, asked[0].evaluation.sets) == (2, 1, ())
 
 
 def test_only_what_is_missing_is_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
