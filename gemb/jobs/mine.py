@@ -460,6 +460,9 @@ class _Job:
             ("rules", _rules_shown(recipe)),
             ("too close", f"{counted(tally.too_close, 'passage')} left out as possible positives"),
         ]
+        if texts.left_out:
+            left_out = counted(texts.left_out, "row")
+            shown.append(("corpus", f"{left_out} left out, the first {texts.first_left_out}"))
         if rows.prepared.rejected:
             first = rows.prepared.first_rejects[0]
             shown.append(
@@ -490,6 +493,7 @@ class _Job:
                 "fewer_because": tally.shortages,
                 "too_close": tally.too_close,
                 "passages": texts.passages,
+                "passages_left_out": texts.left_out,
                 "queries": texts.queries,
                 "models": list(setup.names),
                 "embedded": self._embedded,

@@ -47,13 +47,15 @@ OnRows = Callable[[int, int | None], None]
 def collect(rows: Rows, corpus: InputFile | None, work: Path, on_rows: OnRows) -> None:
     """Writes the different texts of the corpus and the rows into the work folder, anew.
 
-    Records of the corpus that cannot be read are no passages.
+    Records of the corpus that cannot be read are left out, and counted.
     """
     with TextWriter(work) as writer:
         if corpus is not None:
             for number, record in enumerate(read_records([corpus], ReadOptions())):
                 if isinstance(record, Record):
                     writer.add_passage(Passage(record.text, record.title))
+                else:
+                    writer.leave_out(str(record))
                 if number % _HEARD_EVERY == 0:
                     on_rows(number, None)
         for row in range(rows.size):

@@ -69,7 +69,8 @@ class TextWriter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.passages = self.queries = 0
+        self.passages = self.queries = self.left_out = 0
+        self.first_left_out = ""
         with os_errors_explained(folder), ExitStack() as opened:
             for name in (PASSAGES, QUERIES, "texts.sqlite", "texts.json"):
                 (folder / name).unlink(missing_ok=True)
@@ -124,6 +125,11 @@ class TextWriter:
             pairs = [(number, passage) for passage in found]
             self._database.executemany("INSERT OR IGNORE INTO positives VALUES (?, ?)", pairs)
 
+    def leave_out(self, reason: str) -> None:
+        """Count a row that is no passage; the first reason is kept."""
+        self.first_left_out = self.first_left_out or reason
+        self.left_out += 1
+
     def finish(self) -> None:
         """Makes the set whole."""
         with sqlite_explained(self._folder):
@@ -133,7 +139,8 @@ class TextWriter:
                 file.flush()
                 sync_to_disk(file.fileno())
         self.close()
-        write_json(self._folder / "texts.json", {"passages": self.passages, "queries": self.queries})
+        counts = ("passages", "queries", "left_out", "first_left_out")
+        write_json(self._folder / "texts.json", {name: getattr(self, name) for name in counts})
 
     def close(self) -> None:
         """Closes the files."""
@@ -156,6 +163,10 @@ class TextSet:
         self.passages = int(counts["passages"])
         """How many there are; their numbers count from 0."""
         self.queries = int(counts["queries"])
+        self.left_out = int(counts["left_out"])
+        """Rows that are no passages."""
+        self.first_left_out = str(counts["first_left_out"])
+        """`FILE:LINE: reason` of the first of them."""
         with os_errors_explained(folder / PASSAGES, "read"):
             self._file = os.open(folder / PASSAGES, os.O_RDONLY | os.O_CLOEXEC)
         self._database = sqlite3.connect(f"file:{folder / 'texts.sqlite'}?mode=ro", uri=True)

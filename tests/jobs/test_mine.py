@@ -397,6 +397,13 @@ def test_texts_without_vector_are_no_negatives_and_rows_that_need_them_say_so(be
     assert not any(words(399) in row["negative"] for row in mined)
 
 
+def test_rows_of_the_corpus_without_text_are_counted(bench: Bench) -> None:
+    corpus = bench.write([{"text": words(350)}, {"text": " "}, {"text": ""}], "docs.jsonl")
+    report = bench.run(bench.write(some_pairs(8)), corpus=corpus)
+    assert report.data["passages_left_out"] == 2
+    assert dict(report.rows)["corpus"] == f"2 rows left out, the first {corpus}:2: empty text"
+
+
 def test_rows_that_cannot_be_used_are_told_and_kept(bench: Bench) -> None:
     pairs = some_pairs(8)
     pairs[3] = {"anchor": words(1), "positive": words(1), "id": "x"}
