@@ -70,6 +70,7 @@ def opener(recipe: DistillRecipe) -> OpenTeacher:
                 dims=engine.dims,
                 vectors=teacher.vectors,
                 measure=lambda: teacher.measure(held_out, folder),
+                sizes=model.matryoshka_dims,
                 ahead=settings.ahead,
             )
         finally:

@@ -28,7 +28,7 @@ from gemb.training.mixture import Mixture
 from gemb.training.ranks import Ranks
 from gemb.training.recipe import TrainRecipe, flat
 from gemb.training.run_folder import RunFolder
-from gemb.training.teaching import OpenTeacher, Teaching
+from gemb.training.teaching import OpenTeacher, Teaching, width_notes
 
 USUAL_MAX_TOKENS = 512
 """Texts are cut there unless the recipe says otherwise: most models declare far more than pairs need."""
@@ -147,7 +147,7 @@ def prepare(
 
         teaching = stack.enter_context(open_teacher(folder, device, held_out)) if open_teacher else None
         if teaching is not None:
-            notes += teaching.notes
+            notes += [*teaching.notes, *width_notes(teaching, model.dims, recipe.losses)]
         mixture = opened(None)
         request = _request(recipe, model, model_name, mixture, teaching)
         position = None

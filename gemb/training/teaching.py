@@ -18,6 +18,7 @@ from gemb.device import Device
 from gemb.training.batches import TrainingBatch
 from gemb.training.data_recipe import DataSet
 from gemb.training.held_out import Measured, is_full_size
+from gemb.training.recipe import LossTerm, MatchingTerm
 from gemb.training.run_folder import RunFolder
 
 
@@ -35,6 +36,8 @@ class Teaching:
     """[R, E] of the texts of a batch, in their order."""
     measure: Callable[[], Measured | None]
     """Its scores in the evaluation of the run at full width; None where nobody can tell."""
+    sizes: Sequence[int] = ()
+    """Widths to which it says its vectors may be cut."""
     ahead: bool = False
     """Whether the vectors of the whole run are wanted before its first step."""
     notes: list[str] = field(default_factory=list)
@@ -42,6 +45,17 @@ class Teaching:
 
 OpenTeacher = Callable[[RunFolder, Device, Sequence[DataSet]], AbstractContextManager[Teaching]]
 """Opens the teacher of a run: for its folder, its device and the data sets of evaluation.pairs."""
+
+
+def width_notes(teaching: Teaching, width: int, terms: Sequence[LossTerm]) -> list[str]:
+    """What is to be said where a student that is `width` wide matches a part of the teacher's vectors."""
+    matches_a_part = any(isinstance(term, MatchingTerm) and not term.projection for term in terms)
+    if not matches_a_part or width >= teaching.dims or width in teaching.sizes:
+        return []
+    return [
+        f"the teacher's {teaching.dims} dims are cut to the student's {width}, a size that {teaching.name} "
+        "does not declare; projection: true of matching learns a map instead"
+    ]
 
 
 def new_projection(width: int, teacher_width: int, seed: int) -> nn.Linear:
