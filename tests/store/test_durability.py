@@ -83,17 +83,19 @@ def test_a_commit_that_is_lost_with_its_journal_is_missed(
         content = bytearray(journal.read_bytes())
         content[40] ^= 1  # in the head of the first page
         journal.write_bytes(content)
+    what = (
+        "its last commit is number 1, but number 2 was made; its journal index.db-wal was damaged, cut off or "
+        "removed"
+    )
     message = (
-        f"{path}/index.db is damaged: its last commit is number 1, but number 2 was made; its journal "
-        f"index.db-wal was damaged, cut off or removed; run gemb index verify {path}, then "
-        f"gemb index rebuild {path}"
+        f"{path}/index.db is damaged: {what}; run gemb index verify {path}, then gemb index rebuild {path}"
     )
     before = os.listdir(path / "segments")
     for opened in (Index.open, Writer.open):
         with pytest.raises(DamagedError) as error:
             opened(path)
         assert str(error.value) == message
-    assert [fault.what for fault in verify(path).faults] == [message]
+    assert [fault.what for fault in verify(path).faults] == [what]
     assert sorted(os.listdir(path / "segments")) == sorted(before), "nothing may be swept"
     assert rebuild(path).documents == 50
     assert set(contents(path)) == {f"d{n}" for n in range(50)}
@@ -250,7 +252,7 @@ def test_a_name_in_the_schema_that_is_no_text_any_more_is_damage_and_no_crash(in
         with pytest.raises(DamagedError) as error:
             opened(index)
         assert str(error.value).startswith(message)
-    assert verify(index).faults[0].what.startswith(message)
+    assert verify(index).faults[0].what == "a name in it is no UTF-8"
 
 
 def test_a_changed_mark_of_the_journal_mode_is_a_fault(index: Path) -> None:
