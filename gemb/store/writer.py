@@ -555,6 +555,7 @@ class Writer:
                 made.discard()
             with contextlib.suppress(GembError):
                 self._state = self._catalogue.state()
+            self._check_place()
             raise
         if published is None:
             made.discard()
@@ -576,11 +577,16 @@ class Writer:
 
     @contextlib.contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Drops what was changed since the last commit where the block fails."""
+        """Drops what was changed since the last commit where the block fails.
+
+        That the folder was moved explains a file that cannot be written better than the file does.
+        """
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self._forget()
+            if isinstance(error, GembError):
+                self._check_place()
             raise
 
     def _check_place(self) -> None:
