@@ -84,8 +84,8 @@ def test_a_commit_that_is_lost_with_its_journal_is_missed(
         content[40] ^= 1  # in the head of the first page
         journal.write_bytes(content)
     what = (
-        "its last commit is number 1, but number 2 was made; its journal index.db-wal was damaged, cut off or "
-        "removed"
+        "its last commit is number 1, but number 2 was made; its journal index.db-wal was damaged, cut off "
+        "or removed"
     )
     message = (
         f"{path}/index.db is damaged: {what}; run gemb index verify {path}, then gemb index rebuild {path}"
