@@ -13,7 +13,7 @@ from gemb.errors import GembError
 from gemb.model.folder import ModelFolder, fingerprint, read_folder
 from gemb.model.hub import find_model
 from gemb.text.batches import token_batches
-from gemb.text.prompts import DOCUMENT, NONE, QUERY, Prompts
+from gemb.text.prompts import Prompts
 from gemb.text.tokenisation import Tokeniser
 from gemb.vectors import cut
 
@@ -86,14 +86,8 @@ class Encoder:
         return fingerprint(self.folder)
 
     def prompt_of(self, names: Sequence[str]) -> str:
-        """The prompt for texts of a kind: the first of `names` that the model declares, or a role.
-
-        Where no name fits, it is the model's default prompt, or none.
-        """
-        for name in names:
-            if name in self._prompts.by_name or name in (DOCUMENT, QUERY):
-                return name
-        return self._prompts.default or NONE
+        """The prompt for texts of a kind, as `gemb.text.prompts.Prompts.first_of` finds it."""
+        return self._prompts.first_of(names)
 
     def embed(
         self,

@@ -21,7 +21,7 @@ SLOW_DRAWS = 1_000
 SHARE = 0.95
 _BLOCK_DRAWS = 500
 
-Verdict = Literal["WIN", "TIE", "REGRESSION"]
+Word = Literal["WIN", "TIE", "REGRESSION"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Comparison:
     high: float
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Word:
         """WIN if even the low bound is above 0, REGRESSION if the high one is below, else TIE."""
         if self.low > 0:
             return "WIN"

@@ -5,7 +5,7 @@ sentence-transformers' `encode_query` and `encode_document`; titles follow the m
 document prompt has a place for one (EmbeddingGemma: `title: none | text: `), else BEIR.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -119,6 +119,13 @@ class Prompts:
         if self.default is not None:
             names.append(self.default)
         return self._named(names[0], role=as_) if names else Template(as_, "", _titles(as_, ""))
+
+    def first_of(self, names: Sequence[str]) -> str:
+        """The first of `names` that is declared or a role; where none is, the default, or none."""
+        for name in names:
+            if name in self.by_name or name in (DOCUMENT, QUERY):
+                return name
+        return self.default or NONE
 
     def all_templates(self) -> list[Template]:
         """One template a declared prompt, in the order declared."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gemb.errors import GembError
 from gemb.evaluation import Task, View, evaluate
 from gemb.evaluation.reading import Choices, read_task
-from gemb.text.prompts import DOCUMENT, NONE, QUERY, Prompts
+from gemb.text.prompts import Prompts
 from gemb.text.tokenisation import Tokeniser
 from gemb.training.gradients import PackedEncoder
 from gemb.training.held_out import Measured, encode_all, measure_name
@@ -72,10 +72,8 @@ class _Model:
         return self._sets._sizes[0]
 
     def prompt_of(self, names: Sequence[str]) -> str:
-        """The first of the names that the model declares, or a role; else its default prompt, or none."""
-        prompts = self._sets._prompts
-        known = (name for name in names if name in prompts.by_name or name in (DOCUMENT, QUERY))
-        return next(known, prompts.default or NONE)
+        """As `Prompts.first_of`."""
+        return self._sets._prompts.first_of(names)
 
     def embed(
         self, texts: Sequence[str], *, as_: str | None, titles: Sequence[str | None] | None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-RESAMPLES = 2000
+from gemb.evaluation.comparing import Word
+from gemb.evaluation.comparing import compare as bootstrap
+from gemb.evaluation.tasks import mean_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class Verdict:
     low: float
     """Lower end of the 95 % interval of the difference of the means."""
     high: float
-    word: Literal["WIN", "TIE", "REGRESSION"]
+    word: Word
     queries: int
 
     def __str__(self) -> str:
@@ -35,18 +36,13 @@ class Verdict:
 def compare(metric: str, before: NDArray[np.float64], after: NDArray[np.float64]) -> Verdict:
     """The verdict on the same queries' scores before and after, higher being better.
 
-    WIN or REGRESSION where the 95 % interval of the mean difference leaves out 0, from 2,000 resamples of
-    the queries with a fixed seed (Efron's percentile bootstrap).
+    WIN or REGRESSION where the 95 % interval of the mean difference, by a paired bootstrap, leaves out 0.
 
     Raises ValueError if the queries are not as many.
     """
     if before.shape != after.shape or before.ndim != 1 or not len(before):
         raise ValueError(f"{metric} has {before.shape} scores before and {after.shape} after")
-    difference = after - before
-    generator = np.random.default_rng(0)
-    means = np.array([
-        difference[generator.integers(0, len(difference), len(difference))].mean() for _ in range(RESAMPLES)
-    ])  # fmt: skip
-    low, high = (float(end) for end in np.quantile(means, [0.025, 0.975]))
-    word: Literal["WIN", "TIE", "REGRESSION"] = "WIN" if low > 0 else "REGRESSION" if high < 0 else "TIE"
-    return Verdict(metric, float(before.mean()), float(after.mean()), low, high, word, len(before))
+    found = bootstrap([mean_of(metric, after, {})], [mean_of(metric, before, {})])
+    return Verdict(
+        metric, float(before.mean()), float(after.mean()), found.low, found.high, found.verdict, len(before)
+    )

@@ -161,3 +161,11 @@ def test_a_bad_config_says_what_is_wrong(config: dict[str, object], message: str
 
 def test_a_template_can_be_made_by_hand() -> None:
     assert Template("mine", "p: ", Titles.JOINED).render("b", "t") == "p: t b"
+
+
+def test_the_first_fitting_name_is_taken_then_the_default_then_none() -> None:
+    prompts = Prompts({"query": "q: ", "STS": "s: "}, None)
+    assert prompts.first_of(["Clustering", "STS", "query"]) == "STS"
+    assert prompts.first_of(["document"]) == "document"
+    assert prompts.first_of(["Clustering"]) == "none"
+    assert Prompts({"STS": "s: "}, "STS").first_of(["Clustering"]) == "STS"

@@ -26,7 +26,7 @@ def test_the_interval_is_that_of_the_mean_difference() -> None:
     difference = random.normal(0.05, 0.2, 400)
     found = compare("x", np.zeros(400), difference)
     error = 1.96 * difference.std() / np.sqrt(400)
-    assert found.low == pytest.approx(difference.mean() - error, abs=0.004)  # of 2,000 resamples
+    assert found.low == pytest.approx(difference.mean() - error, abs=0.004)
     assert found.high == pytest.approx(difference.mean() + error, abs=0.004)
     assert found.after == pytest.approx(difference.mean())
     assert (found.before, found.queries) == (0.0, 400)
