@@ -83,7 +83,7 @@ def _load(folder: ModelFolder, dtype: torch.dtype) -> Any:  # noqa: ANN401  # tr
     config.is_encoder_decoder = False
     loader = AutoModelForTextEncoding if encoder_alone else AutoModel
     folder.weights()  # refuses pickles and damaged files with a message of its own
-    with _quiet():
+    with quiet():
         try:
             model, report = loader.from_pretrained(
                 place,
@@ -113,7 +113,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from talking and drawing bars while it loads; what matters is checked afterwards."""
     from transformers.utils import logging
 

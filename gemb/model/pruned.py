@@ -88,9 +88,9 @@ def write_pruned(
     weights = source.weights()
     layers = _layers(source, weights)
     kept_layers = tuple(keep_layers) or tuple(range(layers))
-    _check_layers(source, kept_layers, layers)
+    check_layers(source, kept_layers, layers)
     rows = int(source.text_config["vocab_size"])
-    cut = None if texts is None else _cut(source, texts, rows, largest)
+    cut = None if texts is None else vocabulary_for(source, texts, rows, largest)
     with appearing(target) as place:
         for folder in {source.path, source.tokenizer_folder, *(module.folder for module in source.modules)}:
             copy_files(folder, place / folder.relative_to(source.path))
@@ -107,7 +107,7 @@ def write_pruned(
             if (backbone / name).exists():
                 _write_config(backbone / name, source, kept_layers, layers, cut)
         if cut is not None:
-            _write_tokenizer(place / source.tokenizer_folder.relative_to(source.path), cut)
+            write_tokenizer(place / source.tokenizer_folder.relative_to(source.path), cut)
     vocabulary = (rows, rows if cut is None else len(cut.kept))
     return Pruned((layers, len(kept_layers)), vocabulary, (weights.parameters + others, after + others))
 
@@ -124,7 +124,8 @@ def _layers(source: ModelFolder, weights: Weights) -> int:
     return declared
 
 
-def _check_layers(source: ModelFolder, kept: Sequence[int], layers: int) -> None:
+def check_layers(source: ModelFolder, kept: Sequence[int], layers: int) -> None:
+    """Raises GembError unless `kept` are layers of the model, ascending, and it can do without the others."""
     if list(kept) != sorted(set(kept)):
         raise GembError(f"keep_layers is {list(kept)}; give each layer once, ascending from 0")
     if kept[-1] >= layers or kept[0] < 0:
@@ -139,7 +140,9 @@ def _check_layers(source: ModelFolder, kept: Sequence[int], layers: int) -> None
         )
 
 
-def _cut(source: ModelFolder, texts: Iterable[str], rows: int, largest: int | None) -> CutVocabulary:
+def vocabulary_for(
+    source: ModelFolder, texts: Iterable[str], rows: int, largest: int | None
+) -> CutVocabulary:
     """The vocabulary that the texts need."""
     file = source.tokenizer_folder / "tokenizer.json"
     if not file.is_file():
@@ -271,13 +274,13 @@ def _write_config(
         elif isinstance(part.get("layer_types"), list):
             part["layer_types"] = [part["layer_types"][layer] for layer in kept]
         if new_ids is not None:
-            _renumber(part, new_ids)
+            renumber(part, new_ids)
             if "vocab_size" in part:
                 part["vocab_size"] = len(new_ids)
     write_json(path, config)
 
 
-def _renumber(part: dict[str, Any], new_ids: Mapping[int, int]) -> None:
+def renumber(part: dict[str, Any], new_ids: Mapping[int, int]) -> None:
     """New ids for the tokens that a config names; null for one that is in no table."""
     for key, value in part.items():
         if isinstance(value, list) and value and all(_is_id(key, number) for number in value):
@@ -286,7 +289,7 @@ def _renumber(part: dict[str, Any], new_ids: Mapping[int, int]) -> None:
             part[key] = new_ids.get(value)
 
 
-def _write_tokenizer(folder: Path, cut: CutVocabulary) -> None:
+def write_tokenizer(folder: Path, cut: CutVocabulary) -> None:
     """The new tokenizer.json, and what stands beside it, with new ids."""
     for name in _STALE:
         (folder / name).unlink(missing_ok=True)

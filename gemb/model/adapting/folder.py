@@ -1,0 +1,145 @@
+"""The files of an adapted folder beside its weights, in the layout of EmbeddingGemma's time.
+
+sentence-transformers 6 reads that layout to the same vectors, and tools that know no newer one read it too.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import orjson
+
+from gemb.files import atomic_write, os_errors_explained, read_json, write_json
+from gemb.model.folder import ModelFolder
+from gemb.model.pruned import write_tokenizer
+from gemb.model.vocabulary import CutVocabulary
+
+Pooling: TypeAlias = Literal["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
+
+_FLAGS: Mapping[Pooling, str] = {
+    "cls": "cls_token",
+    "mean": "mean_tokens",
+    "max": "max_tokens",
+    "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "weightedmean": "weightedmean_tokens",
+    "lasttoken": "lasttoken",
+}
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.txt",
+    "vocab.json", "merges.txt", "added_tokens.json", "sentencepiece.bpe.model", "spiece.model",
+)  # fmt: skip
+
+
+def write_modules(
+    folder: Path,
+    *,
+    width: int,
+    pooling: Pooling,
+    projections: Sequence[int],
+    normalise: bool,
+    prompts: Mapping[str, str],
+    default_prompt: str | None,
+    max_tokens: int,
+    seed: int,
+) -> dict[str, tuple[int, ...]]:
+    """Write what comes after the token states [T, width]; gives the shape of each new tensor.
+
+    The Dense layers have no bias and no activation, as EmbeddingGemma's (arXiv 2509.20354, section 2). How
+    they begin is not published; ours begin as torch.nn.Linear, uniform within 1 / root of their inputs.
+    """
+    kinds = ["Transformer", "Pooling", *["Dense"] * len(projections), *["Normalize"] * normalise]
+    entries = [
+        {
+            "idx": number,
+            "name": str(number),
+            "path": "" if number == 0 else f"{number}_{kind}",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for number, kind in enumerate(kinds)
+    ]
+    with atomic_write(folder / "modules.json") as file:
+        file.write(orjson.dumps(entries, option=orjson.OPT_INDENT_2))
+    for entry in entries[1:]:
+        (folder / str(entry["path"])).mkdir()
+    flags = {f"pooling_mode_{flag}": mode == pooling for mode, flag in _FLAGS.items()}
+    write_json(
+        folder / "1_Pooling" / "config.json",
+        {"word_embedding_dimension": width, **flags, "include_prompt": True},
+    )
+    new = _write_projections(folder, width, projections, seed)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "prompts": dict(prompts),
+            "default_prompt_name": default_prompt,
+            "similarity_fn_name": "cosine",
+        },
+    )
+    return new
+
+
+def _write_projections(
+    folder: Path, width: int, projections: Sequence[int], seed: int
+) -> dict[str, tuple[int, ...]]:
+    from safetensors.numpy import save_file
+
+    random = np.random.default_rng(seed)
+    new: dict[str, tuple[int, ...]] = {}
+    for number, size in enumerate(projections, 2):
+        place = folder / f"{number}_Dense"
+        write_json(
+            place / "config.json",
+            {
+                "in_features": width,
+                "out_features": size,
+                "bias": False,
+                "activation_function": "torch.nn.modules.linear.Identity",
+            },
+        )
+        bound = width**-0.5
+        matrix = random.uniform(-bound, bound, (size, width)).astype(np.float32)
+        with os_errors_explained(place):
+            save_file({"linear.weight": matrix}, place / "model.safetensors", metadata={"format": "pt"})
+        new[f"{number}_Dense/linear.weight"] = matrix.shape
+        width = size
+    return new
+
+
+def write_tokenizer_files(
+    source: ModelFolder, folder: Path, *, max_tokens: int, cut: CutVocabulary | None
+) -> str | None:
+    """Copy the tokenizer, cut or whole; gives the token that pads where the source names none for it.
+
+    sentence-transformers needs one to make a batch; it is masked, so that which one it is does not matter.
+    """
+    for name in _TOKENIZER_FILES:
+        if (source.tokenizer_folder / name).is_file():
+            with os_errors_explained(folder / name):
+                shutil.copyfile(source.tokenizer_folder / name, folder / name)
+    if cut is not None:
+        write_tokenizer(folder, cut)
+    path = folder / "tokenizer_config.json"
+    settings: dict[str, Any] = read_json(path) if path.is_file() else {}
+    stand_in = None
+    if not settings.get("pad_token") and not _names_padding(folder):
+        named = (settings.get(key) for key in ("eos_token", "unk_token", "bos_token"))
+        token = next((token for token in named if token), None)
+        stand_in = token.get("content") if isinstance(token, dict) else token
+        if stand_in is not None:
+            settings["pad_token"] = stand_in
+    settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    settings["model_max_length"] = max_tokens
+    # A chat template is of no use to an encoder, and names tokens that a cut vocabulary may lack.
+    settings.pop("chat_template", None)
+    write_json(path, settings)
+    return stand_in
+
+
+def _names_padding(folder: Path) -> bool:
+    path = folder / "special_tokens_map.json"
+    return path.is_file() and bool(read_json(path).get("pad_token"))

@@ -1,0 +1,330 @@
+"""What is proved of an adapted folder before it is kept, through transformers' own classes, in fp32.
+
+A decoder that stays causal where it should not gives vectors that look right and rank badly, and a release of
+transformers may change what a key of config.json does. So the folder is loaded as its users will load it, and
+the states tell: which weights these are, who sees whom, how far each layer sees, and what saving changes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gemb.errors import GateError
+from gemb.model.adapting.key_maps import FAMILIES, causal_config, split_back
+from gemb.model.attention import Reach, is_bidirectional, reach_of_layers
+from gemb.model.fallback import quiet
+from gemb.model.folder import ModelFolder, read_folder
+from gemb.model.weights import Weights
+
+IMPLEMENTATIONS = ("eager", "sdpa")
+"""Of attention, in transformers; others need a device or packages of their own."""
+LONGEST_TOKENS = 4200
+"""A window is measured on a text of its length; beyond this it would take too much memory."""
+_TOKENS = 9
+_SAME_CLASS = 1e-6
+"""Largest difference, as a share of the largest state, where the same code computes the same numbers."""
+_OTHER_ORDER = 1e-4
+"""The same where sums are made in another order: padding, implementations, gemb's own code."""
+
+
+@dataclass(frozen=True)
+class Proofs:
+    """What was seen; differences are between states, as a share of the largest one. All of it passed."""
+
+    source_difference: float
+    """With the causal mask kept, to the states that the source gives in its own class."""
+    class_difference: float | None
+    """To the source's class without its mask, where the encoder has another class; else None."""
+    implementations: Mapping[str, str]
+    """By implementation of attention: `bidirectional` or `causal`, or why it cannot be asked for."""
+    padding_difference: float
+    """Between a text alone and beside a longer one, padded on either side."""
+    reaches: tuple[str, ...]
+    """Of each layer, as measured."""
+    saved_difference: float
+    """After the loaded model is saved by transformers and loaded again."""
+    gemb_difference: float
+    """To the states of gemb's own encoder."""
+
+    def as_json(self) -> dict[str, object]:
+        """For adapt_report.json."""
+        return asdict(self)
+
+
+def prove(
+    folder: Path,
+    source: ModelFolder,
+    kind: str,
+    *,
+    causal: bool,
+    keep_layers: Sequence[int],
+    kept_ids: Sequence[int] | None,
+) -> Proofs:
+    """The proofs of the adapted `folder`, made from `source`, a decoder of the model type `kind`.
+
+    `causal` is what is asked for, `keep_layers` are the layers taken from the source (empty: all), `kept_ids`
+    the old ids of a cut vocabulary, by new id.
+    Raises GateError for the first that fails.
+    """
+    adapted = read_folder(folder)
+    config = dict(adapted.config)
+    reaches = reach_of_layers(config)
+    ids = _ids(int(config["vocab_size"]), _TOKENS)
+    before = ids if kept_ids is None else torch.tensor(kept_ids)[ids]
+    if reaches and is_bidirectional(reaches) is causal:
+        raise GateError(f"config.json makes it {'bidirectional' if causal else 'causal'}")
+    with torch.inference_mode(), quiet():
+        reference = _source_model(source, keep_layers)
+        expected = _states(reference, before)
+        del reference
+        decoder = _decoder(folder, causal_config(config, kind), kind)
+        source_difference = _difference(_states(decoder, ids), expected)
+        del decoder
+        _check(
+            source_difference,
+            _SAME_CLASS,
+            "with the causal mask kept, its states are not the source's",
+        )
+        class_difference = None
+        if config["model_type"] != kind:
+            open_config = {**causal_config(config, kind), "is_causal": False}
+            ours, theirs = _states(_load(folder), ids), _states(_decoder(folder, open_config, kind), ids)
+            class_difference = _difference(ours, theirs)
+            what = f"its states are not those of {kind} without the causal mask"
+            _check(class_difference, _SAME_CLASS, what)
+        implementations, padding_difference = _implementations(folder, ids, reaches, causal=causal)
+        model = _load(folder)
+        states = _states(model, ids)
+        with tempfile.TemporaryDirectory(prefix=".gemb-", dir=folder.parent) as again:
+            model.save_pretrained(again)
+            saved_difference = _difference(_states(_load(Path(again)), ids), states)
+        _check(saved_difference, 0.0, "saved and loaded again, its states are others")
+        gemb_difference = _difference(_own_states(adapted, ids), states)
+        _check(gemb_difference, _OTHER_ORDER, "gemb's own encoder gives other states")
+    with quiet():
+        measured = _measure(model, reaches)
+    return Proofs(
+        source_difference,
+        class_difference,
+        implementations,
+        padding_difference,
+        measured,
+        saved_difference,
+        gemb_difference,
+    )
+
+
+def _ids(entries: int, length: int) -> Tensor:
+    """int64[1, length], from the upper half of the vocabulary, away from special tokens; no two the same."""
+    random = np.random.default_rng(5)
+    upper = entries // 2 + random.permutation(entries - entries // 2)
+    return torch.from_numpy(np.resize(upper, length).astype(np.int64))[None]
+
+
+def _load(folder: Path, **options: Any) -> Any:  # noqa: ANN401  # transformers is untyped here
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **options
+    )
+    return model.eval().requires_grad_(False)
+
+
+def _source_model(source: ModelFolder, keep_layers: Sequence[int]) -> Any:  # noqa: ANN401
+    """The source's text model as transformers loads it, without the layers that are left out."""
+    model = _load(source.transformer.folder)
+    model = getattr(model, "language_model", model)
+    if keep_layers:
+        model.layers = nn.ModuleList(model.layers[layer] for layer in keep_layers)
+        model.config.num_hidden_layers = len(keep_layers)
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = [model.config.layer_types[layer] for layer in keep_layers]
+    return model
+
+
+def _decoder(folder: Path, config: Mapping[str, Any], kind: str) -> Any:  # noqa: ANN401
+    """The adapted weights in the source's class, with this config."""
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING
+
+    settings = CONFIG_MAPPING[kind](**{key: value for key, value in config.items() if key != "model_type"})
+    weights = Weights.read(folder)
+    own = {name: weights.tensor(name) for name in weights}
+    tensors = own if _is_unjoined(weights, kind) else split_back(own, kind)
+    model_class: Any = MODEL_MAPPING[type(settings)]
+    made, report = model_class.from_pretrained(
+        None, config=settings, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+    )
+    if report["missing_keys"] or report["unexpected_keys"]:
+        wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+        raise GateError(f"as a {kind} its tensors do not fit ({', '.join(wrong[:3])})")
+    return made.eval().requires_grad_(False)
+
+
+def _is_unjoined(weights: Weights, kind: str) -> bool:
+    """Whether no tensor is joined from several of the decoder's."""
+    return not any(f"{whole}." in name for whole in FAMILIES[kind].joins for name in weights)
+
+
+def _states(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:  # noqa: ANN401
+    """int64 ids[B, L] -> fp32 states[B, L, D]."""
+    model.config.use_cache = False  # of keys and values, which a decoder would keep for its next token
+    states: Tensor = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    return states
+
+
+def _own_states(folder: ModelFolder, ids: Tensor) -> Tensor:
+    from gemb.model.encoder import PackedEncoder
+    from gemb.model.kernels import Kernels
+
+    encoder = PackedEncoder(folder, Kernels("cpu", torch.float32))
+    return encoder.states(ids[0].numpy().astype(np.int32), np.array([ids.shape[1]], dtype=np.int32))[None]
+
+
+def _difference(states: Tensor, expected: Tensor) -> float:
+    """The largest difference as a share of the largest state."""
+    return float((states - expected).abs().max() / expected.abs().max())
+
+
+def _check(difference: float, limit: float, what: str) -> None:
+    if not difference <= limit:  # NaN fails, too
+        raise GateError(f"{what} (off by {difference:.1e} of the largest)")
+
+
+# --- who sees whom
+
+
+def _implementations(
+    folder: Path, ids: Tensor, reaches: Sequence[Reach] | None, *, causal: bool
+) -> tuple[dict[str, str], float]:
+    """What each implementation of attention does, and the largest difference that padding makes.
+
+    Asked of one text without a mask, under a mask of ones, and padded on either side: an encoder that is only
+    bidirectional where there is a mask has been seen (LLM2Vec, issue 74).
+    """
+    # The last token reaches the first through the windows of all layers, and no further.
+    rights = [reach.right for reach in reaches or ()]
+    if rights and None not in rights and 0 not in rights:
+        ids = ids[:, : 1 + sum(right for right in rights if right is not None)]
+    changed = ids.clone()
+    changed[0, -1] = ids[0, -2]
+    seen: dict[str, str] = {}
+    largest = 0.0
+    expected: Tensor | None = None
+    for implementation in (None, *IMPLEMENTATIONS):
+        try:
+            model = _load(
+                folder, **({} if implementation is None else {"attn_implementation": implementation})
+            )
+        except ValueError as error:
+            seen[str(implementation)] = f"not offered: {str(error).partition('.')[0]}"
+            continue
+        name = f"default ({model.config._attn_implementation})" if implementation is None else implementation
+        ways = set()
+        alone = _states(model, ids)
+        expected = alone if expected is None else expected
+        largest = max(largest, _difference(alone, expected))
+        for mask in (None, torch.ones_like(ids)):
+            ways.add(bool((_states(model, changed, mask)[0, 0] != _states(model, ids, mask)[0, 0]).any()))
+        for side in ("left", "right"):
+            padded, mask, place = _padded(ids, side)
+            first = _states(model, padded, mask)[:1, place]
+            second = _states(model, _padded(changed, side)[0], mask)[:1, place]
+            ways.add(bool((first[0, 0] != second[0, 0]).any()))
+            largest = max(largest, _difference(first, expected))
+        seen[name] = {frozenset({True}): "bidirectional", frozenset({False}): "causal"}.get(
+            frozenset(ways), "bidirectional in some batches and causal in others"
+        )
+        wanted = "causal" if causal else "bidirectional"
+        if seen[name] != wanted:
+            raise GateError(
+                f"with the attention {name} transformers computes {seen[name]}, not {wanted} "
+                "(seen in the first state when the last token is changed)"
+            )
+    _check(largest, _OTHER_ORDER, "padding or the implementation of attention changes its states")
+    return seen, largest
+
+
+def _padded(ids: Tensor, side: str) -> tuple[Tensor, Tensor, slice]:
+    """ids[1, L] beside a text of L + 4 tokens, the mask, and where the text is: [2, L + 4]."""
+    length = ids.shape[1]
+    neighbour = ids[0, :1].repeat(length + 4)[None]
+    row = torch.zeros_like(neighbour)
+    mask = torch.zeros_like(neighbour)
+    place = slice(4, None) if side == "left" else slice(0, length)
+    row[:, place] = ids
+    mask[:, place] = 1
+    return torch.cat([row, neighbour]), torch.cat([mask, torch.ones_like(mask)]), place
+
+
+# --- how far a layer sees
+
+
+def _measure(model: Any, reaches: Sequence[Reach] | None) -> tuple[str, ...]:  # noqa: ANN401
+    """How far each layer sees, measured: where the gradient of its first and last output is not zero.
+
+    Raises GateError where that is not what config.json says.
+    """
+    sides = [side for reach in reaches or () for side in (reach.left, reach.right) if side]
+    length = max([*sides, _TOKENS]) + 3
+    if length > LONGEST_TOKENS:
+        length = LONGEST_TOKENS
+    calls: list[tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]] = []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: calls.append((module, args, kwargs)), with_kwargs=True
+        )
+        for layer in model.layers
+    ]
+    with torch.no_grad():
+        _states(model, _ids(int(model.config.vocab_size), length))
+    for hook in hooks:
+        hook.remove()
+    shown: list[str] = []
+    for number, (layer, args, kwargs) in enumerate(calls):
+        left, right = _reach(layer, args, kwargs, length)
+        found = str(Reach(left, right))
+        declared = reaches[number] if reaches else None
+        if declared is not None and (left, right) != (
+            _cut(declared.left, length),
+            _cut(declared.right, length),
+        ):
+            raise GateError(f"layer {number} sees {found}, but config.json says {declared}")
+        is_cut = declared is not None and declared.left is not None and left is None
+        shown.append(f"{found} (declared: {declared})" if is_cut else found)
+    return tuple(shown)
+
+
+def _cut(side: int | None, length: int) -> int | None:
+    """A reach as a text of `length` tokens shows it: None where it covers the text."""
+    return None if side is None or side >= length - 1 else side
+
+
+def _reach(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], length: int
+) -> tuple[int | None, int | None]:
+    """How many positions before and after itself a token of `layer` sees; None is all of them."""
+    given = dict(kwargs)
+    place = "hidden_states" if not args else None
+    stream = (given["hidden_states"] if place else args[0]).detach().clone().requires_grad_(True)
+    with torch.enable_grad():
+        if place:
+            given[place] = stream
+            output = layer(**given)
+        else:
+            output = layer(stream, *args[1:], **given)
+        states = output[0] if isinstance(output, tuple) else output
+        probe = torch.linspace(1, 2, states.shape[-1])
+        (to_first,) = torch.autograd.grad(states[0, 0] @ probe, stream, retain_graph=True)
+        (to_last,) = torch.autograd.grad(states[0, -1] @ probe, stream)
+    # A weight of attention that the mask leaves out is zero, and so is its gradient, exactly.
+    right = int(to_first[0].abs().amax(-1).nonzero().max())
+    left = length - 1 - int(to_last[0].abs().amax(-1).nonzero().min())
+    return _cut(left, length), _cut(right, length)
