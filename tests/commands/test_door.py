@@ -153,7 +153,9 @@ def test_a_closed_stdout_and_stderr_are_no_crash(tmp_path: object, monkeypatch: 
 
 def test_ctrl_c_in_a_process_ends_with_130() -> None:
     program = PROGRAM.format(
-        body="import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)"
+        # Set anew, since whoever runs the tests in the background has SIGINT ignored.
+        body="import os, signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT, timeout=60

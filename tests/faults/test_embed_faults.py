@@ -158,7 +158,7 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(
     assert out == b""
     last = json.loads((place.folder / "docs.npy.partial/journal.jsonl").read_text().splitlines()[-1])
     assert err.decode().splitlines()[-1] == (
-        f"gemb: interrupted; {last['counts']['rows']:,} rows are kept in docs.npy.partial, "
+        f"gemb: interrupted; {last['counts']['rows']:,} rows kept in docs.npy.partial, "
         "run the same command again to go on"
     )
     assert not (place.folder / "docs.npy.lock").exists()

@@ -126,7 +126,7 @@ def copy_slowly(source: Path, target: Path, draw: random.Random) -> None:
                 shutil.copyfile(source / name, target / name)
 
 
-def test_a_copy_made_while_a_writer_works_is_whole_or_refused(tmp_path: Path) -> None:
+def test_a_copy_made_while_a_writer_works_is_whole_or_found_to_be_none(tmp_path: Path) -> None:
     path, log, draw = tmp_path / "x.gemb", tmp_path / "log", random.Random(1)
     sync(path, planned({}, draw)[:1] * 2, lambda: None)
     log.write_text(f"{mark({})}\n")
@@ -141,7 +141,7 @@ def test_a_copy_made_while_a_writer_works_is_whole_or_refused(tmp_path: Path) ->
             try:
                 with Index.open(copy) as index:
                     assert mark(seen_state(index)) in log.read_text().split()
-                assert verify(copy).faults == []
+                refused += bool(verify(copy).faults)  # what nobody has looked at yet, verify finds
             except GembError:
                 refused += 1
                 with suppress(GembError):  # no index at all, as its database was not copied
