@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "search": "Search an index with a question.",
         "train": "Fine-tune an encoder on pairs of texts, resumable.",
         "distill": "Distil a model into a smaller one, resumable.",
+        "adapt": "Turn a decoder language model into a bidirectional encoder, proved.",
         "mine": "Mine hard negatives for pairs of queries and positives, resumable.",
         "eval": "Evaluate a model on your data: retrieval, similarity, labels and more.",
         "info": "Show what a model or an index is, and what would run.",

@@ -20,6 +20,7 @@ def test_the_training_recipes_are_those_of_the_sources() -> None:
         "gecko/finetune",
         "gemini_embedding/1-prefinetune",
         "gemini_embedding/2-finetune",
+        "gemma_encoder/2-finetune",
         "quickstart",
         "samtone/finetune",
     ]

@@ -1,0 +1,69 @@
+"""`gemb adapt`: a decoder language model in, a bidirectional encoder out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gemb import recipe as recipes
+from gemb.jobs.adapt import AdaptRecipe
+from gemb.report import progress
+
+from ._options import DryRunOption, JsonOption, QuietOption, RecipeOption, SetOption, VerboseOption, option
+from ._show import show
+
+
+def adapt(
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="SOURCE", help="The decoder: a model folder, or a name on the hub."),
+    ] = None,
+    output: Annotated[Path | None, option(AdaptRecipe, "output")] = None,
+    attention: Annotated[str | None, option(AdaptRecipe, "attention")] = None,
+    pooling: Annotated[str | None, option(AdaptRecipe, "pooling")] = None,
+    projections: Annotated[str | None, option(AdaptRecipe, "projections", metavar="WIDTHS")] = None,
+    normalise: Annotated[bool | None, option(AdaptRecipe, "normalise")] = None,
+    default_prompt: Annotated[str | None, option(AdaptRecipe, "default_prompt")] = None,
+    max_tokens: Annotated[int | None, option(AdaptRecipe, "max_tokens")] = None,
+    dropout: Annotated[float | None, option(AdaptRecipe, "dropout")] = None,
+    keep_layers: Annotated[str | None, option(AdaptRecipe, "keep_layers", metavar="LAYERS")] = None,
+    keep_vocab: Annotated[str | None, option(AdaptRecipe, "keep_vocab", metavar="FILE")] = None,
+    vocabulary: Annotated[int | None, option(AdaptRecipe, "vocabulary")] = None,
+    seed: Annotated[int | None, option(AdaptRecipe, "seed")] = None,
+    offline: Annotated[bool | None, option(AdaptRecipe, "offline")] = None,
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = 0,
+) -> None:
+    """Turn a decoder language model into a bidirectional encoder, proved.
+
+    Example: gemb adapt google/gemma-3-270m -o runs/encoder
+    """
+    from gemb.jobs import adapt as job
+
+    given: dict[str, object] = {
+        "source": source,
+        "output": output,
+        "attention": attention,
+        "pooling": pooling,
+        "projections": projections,
+        "normalise": normalise,
+        "default_prompt": default_prompt,
+        "max_tokens": max_tokens,
+        "dropout": dropout,
+        "keep_layers": keep_layers,
+        "keep_vocab": keep_vocab,
+        "vocabulary": vocabulary,
+        "seed": seed,
+        "offline": offline,
+    }
+    wanted = recipes.load(recipe, AdaptRecipe, set_ or (), given)
+    if dry_run:
+        show(job.plan(wanted), json=json, product=True)
+        return
+    with progress(quiet=quiet, json=json, verbose=verbose) as on_progress:
+        report = job.run(wanted, on_progress)
+    show(report, json=json, quiet=quiet)

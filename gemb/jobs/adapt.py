@@ -1,0 +1,349 @@
+"""`gemb adapt`: a decoder language model in, a bidirectional encoder out, proved before it is kept.
+
+    report = run(AdaptRecipe(source="google/gemma-3-270m", output=Path("runs/encoder")))
+
+The weights are those of the source to the byte. See docs/adapt.md for what is written and what is proved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from gemb.errors import GembError, MismatchError
+from gemb.files import check_writable, readable_bytes, write_json
+from gemb.jobs.record import versions
+from gemb.model.adapting import REPORT, Adaptation, Adapted, Pooling, Wanted
+from gemb.model.adapting import plan as plan_adaptation
+from gemb.model.adapting import write as write_adaptation
+from gemb.model.attention import describe, is_bidirectional, reach_of_layers
+from gemb.model.folder import ModelFolder, read_folder
+from gemb.model.hub import find_model
+from gemb.model.pruned import write_pruned
+from gemb.recipe import ModelName, Recipe, RecipeInput, RecipePath, resolved
+from gemb.report import Event, OnProgress, Plan, Report, Table, counted, ignore
+
+__all__ = ["AdaptRecipe", "plan", "run"]
+
+_LAYER = re.compile(r"(.*?layers\.)(\d+)(\..*)")
+
+
+class AdaptRecipe(Recipe):
+    """What `gemb adapt` is asked to do."""
+
+    kind: ClassVar[str] = "adapt"
+
+    source: ModelName | None = None
+    """The decoder: a folder, or a name on the Hugging Face hub; an encoder, to cut it smaller."""
+    output: RecipePath | None = None
+    """The folder of the encoder."""
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """Whether a token sees the whole text, or, as before, only what stands before it."""
+    pooling: Pooling = "mean"
+    """How the states of the tokens become one vector."""
+    projections: tuple[int, ...] = ()
+    """Widths of linear layers behind the pooling, with random weights; such as 3072,768."""
+    normalise: bool = True
+    """Bring the vectors to unit length at the end."""
+    prompts: dict[str, str] = Field(default_factory=dict)
+    """Texts that the folder declares to be put before others, by name, such as query and document."""
+    default_prompt: str | None = None
+    """The name of the prompt that is taken where none is asked for."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Longest text in tokens; by default all positions of the model, and at most 2,048."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of attention weights, and of hidden numbers where the class has a rate for them, that is left out
+    at random in a later fine-tuning; written to config.json."""
+    keep_layers: tuple[int, ...] = ()
+    """Layers that stay, counted from 0, such as 0,2,4; by default all."""
+    keep_vocab: tuple[RecipeInput, ...] = ()
+    """Files of texts whose tokens stay in vocabulary, table and tokenizer, with all special ones; by default
+    all tokens stay."""
+    vocabulary: int | None = Field(default=None, ge=1)
+    """Of the tokens of these texts so many stay, the most frequent ones; by default all of them."""
+    seed: int = Field(default=42, ge=0, lt=2**63)
+    """What the random weights of new layers follow from."""
+    offline: bool = False
+    """Never open a connection; a model that is not on this machine is an error."""
+
+    @field_validator("projections", "keep_layers", mode="before")
+    @classmethod
+    def _split_numbers(cls, value: object) -> object:
+        """A list written as one word: `0,2,4`."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            return (value,)
+        if isinstance(value, str):
+            words = [word.strip() for word in value.split(",")]
+            if not all(word.isdecimal() for word in words):
+                raise ValueError(f"{value!r} is not a list of whole numbers such as 0,2,4")
+            return tuple(int(word) for word in words)
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("keep_vocab", mode="before")
+    @classmethod
+    def _one_file(cls, value: object) -> object:
+        if isinstance(value, str):
+            return (value,)
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        kept = list(self.keep_layers)
+        if kept != sorted(set(kept)):
+            raise ValueError(f"keep_layers is {kept}; give each layer once, ascending from 0")
+        if any(size < 1 for size in self.projections):
+            raise ValueError(f"projections is {list(self.projections)}; a width is 1 or more")
+        if self.vocabulary is not None and not self.keep_vocab:
+            raise ValueError("vocabulary is counted over the texts of keep_vocab; give those, too")
+        if self.attention == "causal" and self.pooling == "cls":
+            raise ValueError("the first token of a causal model has seen nothing; choose another pooling")
+        return self
+
+
+def plan(recipe: AdaptRecipe) -> Plan:
+    """What `run` would write, for --dry-run; only headers and configs are read, and the files of keep_vocab.
+
+    Raises GembError as `run` does before it writes.
+    """
+    source, output = _opened(recipe, ignore)
+    _refuse_existing(output)
+    if _is_encoder(source):
+        _only_cuts(recipe, source)
+        needs = source.weights().size_bytes
+        check_writable(output, needs)
+        rows = [("source", str(source.path)), ("size at most", readable_bytes(needs))]
+        return Plan(title=f"would cut {source.path} smaller into {output}", rows=rows, outputs=[output])
+    adaptation = _adaptation(recipe, source)
+    check_writable(output, adaptation.size_bytes)
+    return Plan(
+        title=f"would adapt {source.path} into {output}",
+        rows=_rows(adaptation),
+        tables=[_table(adaptation, {})],
+        outputs=[output],
+        data={
+            "source": str(source.path),
+            "output": str(output),
+            "model_type": adaptation.config["model_type"],
+            "config": adaptation.config,
+            "size_bytes": adaptation.size_bytes,
+            "max_tokens": adaptation.max_tokens,
+        },
+    )
+
+
+def run(recipe: AdaptRecipe, on_progress: OnProgress = ignore) -> Report:
+    """Write the encoder and prove it.
+
+    Raises GembError for a source that does not fit and an output that exists, GateError (8) for a proof that
+    fails; then nothing is left at the output.
+    """
+    source, output = _opened(recipe, on_progress)
+    _refuse_existing(output)
+    about = {
+        "recipe": resolved(recipe),
+        "versions": {**versions(), "transformers": metadata.version("transformers")},
+    }
+    if _is_encoder(source):
+        return _cut_encoder(recipe, source, output, about)
+    adaptation = _adaptation(recipe, source)
+    on_progress(
+        Event("adapting", 0, note=f"writing {readable_bytes(adaptation.size_bytes)}, then the proofs")
+    )
+    adapted = write_adaptation(adaptation, output, about=about)
+    return _report(adaptation, adapted, output)
+
+
+def _opened(recipe: AdaptRecipe, on_progress: OnProgress) -> tuple[ModelFolder, Path]:
+    if recipe.source is None:
+        raise GembError(
+            "no source given; name a decoder, such as gemb adapt google/gemma-3-270m -o runs/encoder"
+        )
+    if recipe.output is None:
+        raise GembError("no output given; pass -o FOLDER")
+
+    def announce(line: str) -> None:
+        on_progress(Event("downloading", 0, note=line))
+
+    return read_folder(find_model(recipe.source, offline=recipe.offline, announce=announce)), recipe.output
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+        raise GembError(f"{output} exists; choose another path for the model, or move it away")
+
+
+def _is_encoder(source: ModelFolder) -> bool:
+    reaches = reach_of_layers(source.text_config)
+    return bool(reaches) and is_bidirectional(reaches or ())
+
+
+def _adaptation(recipe: AdaptRecipe, source: ModelFolder) -> Adaptation:
+    wanted = Wanted(
+        causal=recipe.attention == "causal",
+        pooling=recipe.pooling,
+        projections=recipe.projections,
+        normalise=recipe.normalise,
+        prompts=recipe.prompts,
+        default_prompt=recipe.default_prompt,
+        max_tokens=recipe.max_tokens,
+        dropout=recipe.dropout,
+        keep_layers=recipe.keep_layers,
+        seed=recipe.seed,
+    )
+    return plan_adaptation(source, wanted, texts=_texts(recipe), largest=recipe.vocabulary)
+
+
+def _texts(recipe: AdaptRecipe) -> Iterable[str] | None:
+    return _texts_of(recipe.keep_vocab) if recipe.keep_vocab else None
+
+
+def _texts_of(files: Sequence[str]) -> Iterator[str]:
+    """The titles and texts of rows of files, as `gemb embed` reads them."""
+    from gemb.text.inputs import resolve_inputs
+    from gemb.text.records import ReadOptions, Record, read_records
+
+    for row in read_records(resolve_inputs(files), ReadOptions()):
+        if isinstance(row, Record):
+            yield f"{row.title} {row.text}" if row.title else row.text
+
+
+# --- encoders, which are only cut
+
+
+def _only_cuts(recipe: AdaptRecipe, source: ModelFolder) -> None:
+    """Raises MismatchError unless layers or vocabulary are to be cut, and nothing else."""
+    cuts = {"source", "output", "keep_layers", "keep_vocab", "vocabulary", "seed", "offline"}
+    plain = AdaptRecipe()
+    others = [
+        name
+        for name in AdaptRecipe.model_fields
+        if name not in cuts and getattr(recipe, name) != getattr(plain, name)
+    ]
+    if others or not (recipe.keep_layers or recipe.keep_vocab):
+        asked = f" ({', '.join(others)} given)" if others else ""
+        raise MismatchError(
+            f"{source.path}: {source.family} is bidirectional already; of an encoder only --keep-layers and "
+            f"--keep-vocab make another one{asked}"
+        )
+
+
+def _cut_encoder(
+    recipe: AdaptRecipe, source: ModelFolder, output: Path, about: Mapping[str, object]
+) -> Report:
+    _only_cuts(recipe, source)
+    check_writable(output, source.weights().size_bytes)
+    texts = _texts(recipe)
+    pruned = write_pruned(
+        source, output, keep_layers=recipe.keep_layers, texts=texts, largest=recipe.vocabulary
+    )
+    data: dict[str, object] = {
+        "source": str(source.path),
+        "output": str(output),
+        "layers": pruned.layers,
+        "vocabulary": pruned.vocabulary,
+        "parameters": pruned.parameters,
+    }
+    write_json(output / REPORT, {**about, **data})
+    names = {"layers": pruned.layers, "vocabulary": pruned.vocabulary, "parameters": pruned.parameters}
+    return Report(
+        title=f"cut {source.path} into {output}",
+        rows=[(name, f"{before:,} → {after:,}") for name, (before, after) in names.items()],
+        data=data,
+        outputs=[output],
+    )
+
+
+# --- what is told
+
+
+def _report(adaptation: Adaptation, adapted: Adapted, output: Path) -> Report:
+    from gemb.model.adapting.adaptation import as_json
+
+    proofs = adapted.proofs
+    rows = _rows(adaptation)
+    if adapted.padding_token is not None:
+        rows.append(
+            ("padding", f"the source names no token for it; {adapted.padding_token} is taken, masked")
+        )
+    rows += [
+        (
+            "proved",
+            f"with the causal mask its states are the source's (difference {proofs.source_difference:g})",
+        ),
+        *_class_row(adaptation, proofs.class_difference),
+        ("", f"each layer sees as far as config.json says: {', '.join(dict.fromkeys(proofs.reaches))}"),
+        ("", f"transformers: {', '.join(f'{name} {way}' for name, way in proofs.implementations.items())}"),
+        ("", f"padding moves a state by {proofs.padding_difference:.0e} of the largest at most"),
+        ("", f"saved and loaded again, the states are the same (difference {proofs.saved_difference:g})"),
+        ("", f"gemb's own encoder gives them, too (difference {proofs.gemb_difference:.0e})"),
+        ("took", f"{adapted.writing_seconds:.1f} s to write, {adapted.proving_seconds:.1f} s to prove"),
+        ("next", f"gemb train RECIPE -m {output}; as it is, the vectors are of little use"),
+    ]
+    return Report(
+        title=f"adapted {adaptation.source.path} into {output}",
+        rows=rows,
+        data={"output": str(output), **as_json(adaptation, adapted)},
+        tables=[_table(adaptation, adapted.new)],
+        outputs=[output],
+    )
+
+
+def _class_row(adaptation: Adaptation, difference: float | None) -> list[tuple[str, str]]:
+    """What was seen where the encoder has another class than the decoder."""
+    if difference is None:
+        return []
+    return [("", f"they are those of {adaptation.kind} without the mask, too (difference {difference:g})")]
+
+
+def _rows(adaptation: Adaptation) -> list[tuple[str, str]]:
+    wanted, config = adaptation.wanted, adaptation.config
+    reaches = reach_of_layers(config)
+    widths = [int(config["hidden_size"]), *wanted.projections]
+    architecture = config["architectures"][0]
+    rows = [
+        ("source", f"{adaptation.source.path} ({adaptation.kind})"),
+        ("becomes", f"{architecture} of transformers, no code in the folder"),
+        ("attention", "causal" if reaches is None else describe(reaches)),
+        ("pooling", f"{wanted.pooling}{', then unit length' if wanted.normalise else ''}"),
+        ("dims", " → ".join(map(str, widths))),
+        ("max length", f"{adaptation.max_tokens:,} tokens"),
+        ("weights", f"{readable_bytes(adaptation.size_bytes)}, copied as they are"),
+    ]
+    if wanted.prompts:
+        rows.append(("prompts", "\n".join(f"{name}: {text}" for name, text in wanted.prompts.items())))
+    if wanted.dropout:
+        rows.append(("dropout", f"{wanted.dropout:g} of attention while training, in config.json"))
+    if wanted.keep_layers:
+        rows.append(("layers", ", ".join(map(str, wanted.keep_layers))))
+    if adaptation.cut is not None:
+        rows.append(("vocabulary", f"{len(adaptation.cut.kept):,} tokens"))
+    return rows
+
+
+def _table(adaptation: Adaptation, new: Mapping[str, tuple[int, ...]]) -> Table:
+    """Every tensor and its origin; the same of all layers in one line."""
+    folded: dict[tuple[str, str, str, str], int] = {}
+    for origin in adaptation.tensors.origins:
+        sources = " + ".join(_folded(name) for name in origin.sources)
+        shape = " x ".join(map(str, origin.piece.shape))
+        key = (_folded(origin.piece.name), shape, origin.change, sources)
+        folded[key] = folded.get(key, 0) + 1
+    rows = [
+        [name, str(count), shape, change, sources] for (name, shape, change, sources), count in folded.items()
+    ]
+    rows += [[name, "1", " x ".join(map(str, shape)), "new, random", ""] for name, shape in new.items()]
+    left: dict[str, int] = {}
+    for name in adaptation.tensors.left_out:
+        left[_folded(name)] = left.get(_folded(name), 0) + 1
+    rows += [["", str(count), "", "left out", name] for name, count in left.items()]
+    title = counted(len(adaptation.tensors.origins) + len(new), "tensor")
+    return Table(("tensor", "count", "shape", "origin", "from"), rows, title=title, right_aligned=("count",))
+
+
+def _folded(name: str) -> str:
+    return _LAYER.sub(r"\1*\3", name)

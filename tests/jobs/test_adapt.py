@@ -1,0 +1,142 @@
+"""`gemb adapt` from recipe or command to folder and report."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gemb.errors import GembError, MismatchError
+from gemb.jobs.adapt import AdaptRecipe, plan, run
+from gemb.model.folder import read_folder
+from gemb.recipe import load, shipped_recipes
+from tests.conftest import Finished, modules_after
+from tests.models import tiny_folder
+
+NAMES = [recipe.name for recipe in shipped_recipes() if yaml.safe_load(recipe.text).get("kind") == "adapt"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder and an encoder."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_folder(folder / "decoder", "gemma3 as a decoder")
+    tiny_folder(folder / "encoder", "gemma3")
+    return folder
+
+
+def test_the_recipes_are_those_of_the_sources() -> None:
+    assert NAMES == ["embeddinggemma/1-adapt", "gemma_encoder/1-adapt"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_runs(name: str, models: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    recipe = load(name, AdaptRecipe, (), {"source": str(models / "decoder"), "output": output})
+    planned = plan(recipe)
+    assert not output.exists()
+    report = run(recipe)
+    folder = read_folder(output)
+    assert folder.dims == (768 if name.startswith("embeddinggemma") else 64)
+    assert dict(planned.rows)["dims"] == dict(report.rows)["dims"]
+    config = json.loads((output / "config.json").read_text())
+    assert config["attention_dropout"] == (0.1 if name.startswith("gemma_encoder") else 0.0)
+    kept = json.loads((output / "adapt_report.json").read_text())
+    assert kept["recipe"]["kind"] == "adapt"
+    assert set(kept["versions"]) >= {"gemb", "torch", "transformers"}
+
+
+def test_the_table_has_every_tensor_once(models: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    report = run(AdaptRecipe(source=str(models / "decoder"), output=output, projections=(32,)))
+    (table,) = report.tables
+    count = sum(int(row[1]) for row in table.rows if row[3] != "left out")
+    assert table.title == f"{count} tensors"
+    assert isinstance(report.data["tensors"], list)
+    assert count == len(report.data["tensors"])
+    assert ["layers.*.self_attn.q_norm.weight", "4", "16", "copied", "layers.*.self_attn.q_norm.weight"] in (
+        list(map(list, table.rows))
+    )
+    assert ["2_Dense/linear.weight", "1", "32 x 64", "new, random", ""] in list(map(list, table.rows))
+
+
+def test_an_encoder_is_cut_but_not_adapted(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("w5 w6 w7\nw8 w9\n", "utf-8")
+    source, output = str(models / "encoder"), tmp_path / "out"
+    cut = AdaptRecipe(
+        source=source, output=output, keep_layers=(0, 2), keep_vocab=(str(tmp_path / "texts.txt"),)
+    )
+    report = run(cut)
+    assert dict(report.rows)["layers"] == "4 → 2"
+    assert len(list(output.glob("*.safetensors"))) == 1
+    assert json.loads((output / "adapt_report.json").read_text())["layers"] == [4, 2]
+    for recipe in (
+        AdaptRecipe(source=source, output=tmp_path / "other", keep_layers=(0,), pooling="cls", dropout=0.1),
+        AdaptRecipe(source=source, output=tmp_path / "other"),
+    ):
+        for job in (plan, run):
+            with pytest.raises(MismatchError) as told:
+                job(recipe)
+            given = " (pooling, dropout given)" if recipe.dropout else ""
+            assert str(told.value) == (
+                f"{source}: gemma3_text is bidirectional already; of an encoder only --keep-layers and "
+                f"--keep-vocab make another one{given}"
+            )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep_layers": "2,1"}, "keep_layers is [2, 1]; give each layer once, ascending from 0"),
+        ({"projections": "64,x"}, "'64,x' is not a list of whole numbers such as 0,2,4"),
+        ({"projections": (0,)}, "projections is [0]; a width is 1 or more"),
+        ({"vocabulary": 9}, "vocabulary is counted over the texts of keep_vocab; give those, too"),
+        (
+            {"attention": "causal", "pooling": "cls"},
+            "the first token of a causal model has seen nothing; choose another pooling",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_told(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(GembError) as told:
+        load(None, AdaptRecipe, (), changes)
+    assert message in str(told.value)
+
+
+def test_what_is_not_given_is_asked_for(models: Path) -> None:
+    with pytest.raises(GembError, match="no source given; name a decoder, such as gemb adapt"):
+        run(AdaptRecipe())
+    with pytest.raises(GembError, match="no output given; pass -o FOLDER"):
+        run(AdaptRecipe(source=str(models / "decoder")))
+
+
+def test_the_command_adapts_and_refuses_to_write_twice(
+    gemb: Callable[..., Finished], models: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    words = ["adapt", models / "decoder", "-o", output, "--keep-layers", "0,2", "--projections", "32,16"]
+    dry = gemb(*words, "--dry-run")
+    assert dry.code == 0, dry.err
+    assert f"would adapt {models / 'decoder'} into {output}" in dry.out
+    assert not output.exists()
+    done = gemb(*words, "--set", "prompts.query=w7 ", "--json")
+    assert done.code == 0, done.err
+    data = json.loads(done.out)
+    assert data["proofs"]["source_difference"] == 0
+    assert (data["kept_layers"], data["attention"]) == ([0, 2], "bidirectional")
+    assert read_folder(output).prompts == {"query": "w7"}
+    for again in (gemb(*words), gemb(*words, "--dry-run")):
+        assert (again.code, again.out) == (2, "")
+        assert again.err == f"gemb: {output} exists; choose another path for the model, or move it away\n"
+
+
+def test_help_shows_an_example(gemb: Callable[..., Finished]) -> None:
+    done = gemb("adapt", "--help")
+    assert "gemb adapt google/gemma-3-270m -o runs/encoder" in done.out
+    for option in ("--attention", "--pooling", "--keep-layers", "--keep-vocab", "--projections"):
+        assert option in done.out
+
+
+def test_the_job_loads_no_torch() -> None:
+    assert not {"torch", "transformers"} & modules_after("import gemb.jobs.adapt")
