@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "train": "Fine-tune an encoder on pairs of texts, resumable.",
         "distill": "Distil a model into a smaller one, resumable.",
         "adapt": "Turn a decoder language model into a bidirectional encoder, proved.",
+        "merge": "Merge models of one shape: soups, SLERP, TIES, DARE and more.",
         "mine": "Mine hard negatives for pairs of queries and positives, resumable.",
         "eval": "Evaluate a model on your data: retrieval, similarity, labels and more.",
         "info": "Show what a model or an index is, and what would run.",

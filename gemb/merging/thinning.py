@@ -9,6 +9,7 @@ of absolute values is brought back (mergekit).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
@@ -21,38 +22,61 @@ _COARSE_BITS, _FINE_BITS = 16, 15
 _ENTRIES_AT_ONCE = 1 << 22
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Magnitudes that stay: at least `least`, and less than `below`."""
+
+    least: float = 0.0
+    below: float = float("inf")
+
+
 def keep_largest(delta: Tensor, density: float) -> Tensor:
     """[S], the int(density * entries) entries of largest magnitude, zeros elsewhere (TIES, arXiv 2306.01708).
 
     Of equal magnitudes at the border all stay. The trim of one tensor by itself; the authors trim over the
-    whole model: `threshold`, then `keep_from`.
+    whole model: `largest`, then `keep_within`.
     """
+    return keep_within(delta, largest(lambda: [delta], delta.numel(), density))
+
+
+def keep_within(delta: Tensor, bounds: Bounds) -> Tensor:
+    """[S], the entries whose magnitude lies within the bounds, zeros elsewhere."""
+    size = delta.abs()
+    return torch.where((size >= bounds.least) & (size < bounds.below), delta, 0.0)
+
+
+def largest(deltas: Callable[[], Iterable[Tensor]], entries: int, density: float) -> Bounds:
+    """The bounds of the int(density * entries) largest entries, at least one; `deltas` as in nth_largest."""
     if density >= 1:
-        return delta
-    return keep_from(delta, threshold(lambda: [delta], density))
+        return Bounds()
+    return Bounds(least=nth_largest(deltas, max(1, int(density * entries))))
 
 
-def keep_from(delta: Tensor, least: float) -> Tensor:
-    """[S], the entries whose magnitude is at least `least`, zeros elsewhere."""
-    return torch.where(delta.abs() >= least, delta, torch.zeros((), dtype=delta.dtype))
+def between(deltas: Callable[[], Iterable[Tensor]], entries: int, density: float, outliers: float) -> Bounds:
+    """The bounds of `keep_between`; `deltas` as in `nth_largest`."""
+    if density >= 1:
+        return Bounds()
+    kept = int(density * entries)
+    top = min(int(outliers * entries), entries - kept)
+    below = nth_largest(deltas, top) if top else float("inf")
+    return Bounds(nth_largest(deltas, max(1, top + kept)), below)
 
 
-def threshold(deltas: Callable[[], Iterable[Tensor]], density: float) -> float:
-    """The magnitude of the int(density * entries)-th largest entry of all tensors, exactly.
+def nth_largest(deltas: Callable[[], Iterable[Tensor]], rank: int) -> float:
+    """The magnitude of the `rank`-th largest entry of all tensors together, exactly; the largest has rank 1.
 
-    `deltas` gives the float32 tensors one by one, twice; no more than one is held. At least one entry counts.
-    The bits of positive floats are in the order of the numbers, so counting them by their upper bits finds
-    the bin, and counting the lower bits of what is in it finds the entry.
+    `deltas` gives the float32 tensors one by one, twice; no more than one is held. The bits of positive
+    floats are in the order of the numbers, so counting them by their upper bits finds the bin, and counting
+    the lower bits of what is in it finds the entry.
     """
     coarse = torch.zeros(1 << _COARSE_BITS, dtype=torch.int64)
     for bits in _magnitude_bits(deltas()):
-        coarse += torch.bincount(bits >> _FINE_BITS, minlength=len(coarse))
-    left = max(1, int(density * int(coarse.sum())))
-    bin_, left = _place(coarse, left)
+        _count(coarse, bits >> _FINE_BITS)
+    bin_, left = _place(coarse, rank)
     fine = torch.zeros(1 << _FINE_BITS, dtype=torch.int64)
     for bits in _magnitude_bits(deltas()):
         inside = bits[(bits >> _FINE_BITS) == bin_] & (len(fine) - 1)
-        fine += torch.bincount(inside, minlength=len(fine))
+        _count(fine, inside)
     lower, _ = _place(fine, left)
     return float(torch.tensor([bin_ << _FINE_BITS | lower], dtype=torch.int32).view(torch.float32))
 
@@ -85,7 +109,7 @@ def drop_by_rank(
 
 
 def keep_chances(delta: Tensor, density: float, epsilon: float) -> Tensor:
-    """[S], chances linear in the rank of magnitude: density - epsilon for the smallest of a row, + the largest.
+    """[S], chances linear in the rank of magnitude: density - epsilon for a row's smallest, + its largest.
 
     A tensor of one dimension is one row. Their mean is the density. `epsilon` is half of the paper's window.
 
@@ -107,17 +131,7 @@ def keep_between(delta: Tensor, density: float, outliers: float) -> Tensor:
     Model breadcrumbs, arXiv 2312.06795, section 3: large outliers and small perturbations of a layer are left
     out. If density and outliers make more than the whole, fewer outliers are left out.
     """
-    if density >= 1:
-        return delta
-    count = delta.numel()
-    top = int(outliers * count)
-    bottom = count - int(density * count) - top
-    if bottom < 0:
-        top, bottom = top + bottom, 0
-    order = delta.abs().reshape(-1).argsort()
-    kept = torch.zeros(count, dtype=torch.bool)
-    kept[order[bottom : count - top]] = True
-    return torch.where(kept.reshape(delta.shape), delta, torch.zeros((), dtype=delta.dtype))
+    return keep_within(delta, between(lambda: [delta], delta.numel(), density, outliers))
 
 
 def _magnitude_bits(deltas: Iterable[Tensor]) -> Iterable[Tensor]:
@@ -125,6 +139,14 @@ def _magnitude_bits(deltas: Iterable[Tensor]) -> Iterable[Tensor]:
     for delta in deltas:
         for block in torch.split(delta.reshape(-1), _ENTRIES_AT_ONCE):
             yield block.abs().view(torch.int32)
+
+
+def _count(counts: Tensor, bins: Tensor) -> None:
+    """Adds how often each bin occurs; a few bins are counted without passing over all."""
+    if len(bins) < len(counts):
+        counts.index_add_(0, bins, torch.ones((), dtype=counts.dtype).expand(len(bins)))
+    else:
+        counts += torch.bincount(bins, minlength=len(counts))
 
 
 def _place(counts: Tensor, rank: int) -> tuple[int, int]:

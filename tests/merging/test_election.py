@@ -3,7 +3,7 @@
 import torch
 
 from gemb.merging.averages import soup
-from gemb.merging.election import elected_mean
+from gemb.merging.election import elected_mean, sign_balance
 from gemb.merging.thinning import keep_largest
 
 DELTAS = [
@@ -17,7 +17,7 @@ def test_ties_of_three_deltas_trimmed_to_half_is_worked_out_by_hand() -> None:
     trimmed = [keep_largest(delta, 0.5) for delta in DELTAS]
     expected = torch.tensor([1.5, -1.5, 0, 2.5, 0, -0.9])
     torch.testing.assert_close(elected_mean(trimmed, [1, 1, 1]), expected)
-    torch.testing.assert_close(elected_mean(trimmed, [1, 1, 1], zero_sign="plus"), expected)
+    torch.testing.assert_close(elected_mean(trimmed, [1, 1, 1], zero_sign=-1), expected)
 
 
 def test_deltas_that_agree_in_sign_are_averaged() -> None:
@@ -36,10 +36,11 @@ def test_without_normalising_the_deltas_that_agree_are_summed() -> None:
     torch.testing.assert_close(elected_mean(deltas, [1, 2]), torch.tensor([5 / 3, 3]))
 
 
-def test_a_sum_of_0_takes_the_sign_of_the_total_or_plus() -> None:
+def test_deltas_that_cancel_out_take_the_sign_asked_for() -> None:
     deltas = [torch.tensor([1.0, -2.0, -2.0]), torch.tensor([-1.0, 0.0, -2.0])]
-    assert elected_mean(deltas, [1, 1]).tolist() == [-1, -2, -2]
-    assert elected_mean(deltas, [1, 1], zero_sign="plus").tolist() == [1, -2, -2]
+    assert sign_balance(deltas, [1, 1]) == -2
+    assert elected_mean(deltas, [1, 1], zero_sign=-1).tolist() == [-1, -2, -2]
+    assert elected_mean(deltas, [1, 1]).tolist() == [1, -2, -2]
 
 
 def test_an_entry_that_nobody_has_is_0() -> None:

@@ -13,7 +13,8 @@ def drawn(count: int, *shape: int) -> list[Tensor]:
 
 
 def unit(tensor: Tensor) -> Tensor:
-    return tensor / torch.linalg.vector_norm(tensor)
+    length: Tensor = torch.linalg.vector_norm(tensor)
+    return tensor / length
 
 
 def test_karcher_of_two_is_the_mean_length_times_slerp_at_one_half() -> None:

@@ -8,9 +8,10 @@ from gemb.merging.thinning import (
     drop_by_rank,
     keep_between,
     keep_chances,
-    keep_from,
     keep_largest,
-    threshold,
+    keep_within,
+    largest,
+    nth_largest,
 )
 
 DELTA = torch.tensor([1, -2, 0.5, 3, -0.1, 0.2])
@@ -20,26 +21,26 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 0.9, 1.0])
-def test_the_threshold_of_a_stream_is_the_sorted_entry_of_the_whole(density: float) -> None:
+@pytest.mark.parametrize("rank", [1, 2, 20, 4_000, 10_000, 20_900, 20_973])
+def test_the_nth_largest_of_a_stream_is_the_sorted_entry_of_the_whole(rank: int) -> None:
     tensors = [torch.randn(317, 11, generator=seeded(1)) * 10.0**-power for power in range(6)] + [
         torch.zeros(50),
         torch.tensor(1e-40),
     ]
     entries = torch.cat([tensor.reshape(-1) for tensor in tensors]).abs().sort(descending=True).values
-    assert threshold(lambda: tensors, density) == float(entries[int(density * len(entries)) - 1])
+    assert nth_largest(lambda: tensors, rank) == float(entries[rank - 1])
 
 
 def test_the_largest_half_of_six_is_three() -> None:
     assert keep_largest(DELTA, 0.5).tolist() == [1, -2, 0, 3, 0, 0]
-    assert keep_largest(DELTA, 1.0) is DELTA
+    assert keep_largest(DELTA, 1.0).tolist() == DELTA.tolist()
 
 
 def test_trimming_the_whole_is_not_trimming_each_part() -> None:
     parts = [torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])]
-    least = threshold(lambda: parts, 0.5)
-    assert least == 10
-    assert [keep_from(part, least).tolist() for part in parts] == [[0, 0], [10, 20]]
+    bounds = largest(lambda: parts, 4, 0.5)
+    assert bounds.least == 10
+    assert [keep_within(part, bounds).tolist() for part in parts] == [[0, 0], [10, 20]]
     assert [keep_largest(part, 0.5).tolist() for part in parts] == [[0, 2], [0, 20]]
 
 

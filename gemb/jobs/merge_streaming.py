@@ -1,0 +1,273 @@
+"""Merging tensor by tensor, block by block: what is in memory does not grow with the models.
+
+Files are written as they are computed, so that no more than some blocks of rows are held; only methods that
+need the length or the angle of a tensor hold whole ones. Sums are float32.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+
+from gemb.errors import GembError, MismatchError, UnavailableError
+from gemb.files import os_errors_explained, sync_to_disk
+from gemb.jobs.merge_recipe import MergeRecipe, layers_of
+from gemb.jobs.merge_sources import Tensors, full_name, is_number
+from gemb.merging.catalogue import TensorSettings
+from gemb.model.weights import DTYPE_NAMES, ITEM_BYTES, Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gemb.merging.thinning import Bounds
+
+BLOCK_ENTRIES = 1 << 22
+_DTYPES: Mapping[str, str] = {name: short for short, name in DTYPE_NAMES.items()}
+_TABLES = re.compile(r"(embed_tokens|word_embeddings|shared|lm_head|decoder|wte)\.weight$")
+"""Names of tensors that some families store twice."""
+
+
+class Merge:
+    """One merge: the tensors of the models and of their base, and what the recipe says of each.
+
+    `weights` go before those of the recipe.
+
+    Raises GembError for parameters that cannot be used, MismatchError for a filter that fits no tensor and
+    for integers that differ.
+    """
+
+    def __init__(
+        self,
+        recipe: MergeRecipe,
+        models: Sequence[Tensors],
+        base: Tensors | None,
+        weights: Sequence[float] = (),
+    ) -> None:
+        self._recipe = recipe
+        self._models = models
+        self._base = base
+        self._every = [*models, *([] if base is None else [base])]
+        self._names = list(models[0])
+        layers = layers_of(self._names)
+        self._check_filters()
+        self._settings = {name: recipe.settings(name, layers, weights) for name in self._names}
+        self._twins = self._tied()
+        self._bounds: list[Bounds] | None = None
+        self._zero_sign = 1.0
+
+    def prepare(self, on_tensor: Callable[[str], None]) -> None:
+        """Look through the whole model, for what TIES needs to know before the first tensor is merged."""
+        if self._recipe.variant != "paper" or self._recipe.merge_method != "ties":
+            return
+        from gemb.merging.election import sign_balance
+        from gemb.merging.merged import thinned
+        from gemb.merging.thinning import largest
+
+        names = [name for name in self._names if is_number(self._models[0].spec(name))]
+        names = [name for name in names if name not in self._twins]
+        entries = sum(self._models[0].spec(name).elements for name in names)
+        self._bounds = []
+        for model, tensors in enumerate(self._models):
+            on_tensor(f"looking for the largest changes of {tensors.name}")
+            density = self._one_density(model)
+            deltas = lambda tensors=tensors: (  # noqa: E731
+                delta for name in names for delta in self._deltas(tensors, name)
+            )
+            self._bounds.append(largest(deltas, entries, density))
+        balance = 0
+        on_tensor("electing signs")
+        for name in names:
+            settings = self._settings[name]
+            for blocks in zip(*(self._deltas(tensors, name) for tensors in self._models), strict=True):
+                kept = thinned(self._recipe.merge_method, blocks, settings, bounds=self._bounds)
+                balance += sign_balance(kept, settings.weights)
+        self._zero_sign = 1.0 if balance >= 0 else -1.0
+
+    def write(self, part: str, weights: Weights, path: Path, on_tensor: Callable[[str], None]) -> int:
+        """Write the merged tensors of a part, in the order of its file; gives the bytes of the numbers.
+
+        Raises UnavailableError where a number of a model is not finite, GembError where the dtype cannot hold
+        a result, MachineError where the disk is full.
+        """
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name in weights:
+            spec = self._models[0].spec(full_name(part, name))
+            dtype = self._dtype(spec.dtype)
+            size = spec.elements * ITEM_BYTES[dtype]
+            header[name] = {
+                "dtype": dtype,
+                "shape": list(spec.shape),
+                "data_offsets": [position, position + size],
+            }
+            position += size
+        text = orjson.dumps(header)
+        text += b" " * (-len(text) % 8)  # numbers begin at a multiple of 8, as safetensors itself has it
+        with os_errors_explained(path), path.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name in weights:
+                on_tensor(full_name(part, name))
+                for block in self._merged(full_name(part, name)):
+                    file.write(_bytes_of(block))
+            file.flush()
+            sync_to_disk(file.fileno())
+        return position
+
+    def _merged(self, name: str) -> Iterator[Tensor]:
+        """The merged tensor in blocks, in its dtype on disk."""
+        import torch
+
+        from gemb.merging.merged import merged, seeded
+
+        spec = self._models[0].spec(name)
+        if not is_number(spec):
+            yield self._same(name)
+            return
+        source = self._twins.get(name, name)
+        settings, method = self._settings[source], self._recipe.method
+        out = getattr(torch, DTYPE_NAMES[self._dtype(spec.dtype)])
+        bounds = self._bounds_of(source, settings)
+        generators = [seeded(self._recipe.seed, source, model) for model in range(len(self._models))]
+        whole = method.is_whole and not (self._recipe.merge_method == "model_stock" and settings.by_row)
+        whole = whole or (method.thinning in ("random", "rank") and settings.rescale == "norm")
+        keeps = self._recipe.merge_method != "linear" or settings.normalise
+        for raw in self._blocks(source, whole=whole):
+            if keeps and all(torch.equal(raw[0], other) for other in raw[1:]):
+                block = raw[0].to(out)  # what no model changed stays as it is, to the bit
+            else:
+                blocks = [one.float() for one in raw]
+                base = None if self._base is None else blocks.pop()
+                block = merged(
+                    self._recipe.merge_method,
+                    base,
+                    blocks,
+                    settings,
+                    generators=generators,
+                    bounds=bounds,
+                    zero_sign=self._zero_sign,
+                ).to(out)
+            if not bool(torch.isfinite(block).all()):
+                raise self._not_finite(source, raw, str(out))
+            yield block
+
+    def _bounds_of(self, name: str, settings: TensorSettings) -> Sequence[Bounds]:
+        """[N], which magnitudes stay of a tensor."""
+        from gemb.merging.thinning import between, largest
+
+        thinning = self._recipe.method.thinning
+        if self._bounds is not None or thinning not in ("largest", "between"):
+            return self._bounds or ()
+        entries = self._models[0].spec(name).elements
+        found = []
+        for model, tensors in enumerate(self._models):
+            deltas = lambda tensors=tensors: self._deltas(tensors, name)  # noqa: E731
+            if thinning == "largest":
+                found.append(largest(deltas, entries, settings.densities[model]))
+            else:
+                found.append(between(deltas, entries, settings.densities[model], settings.outliers[model]))
+        return found
+
+    def _deltas(self, tensors: Tensors, name: str) -> Iterator[Tensor]:
+        if self._base is None:
+            raise ValueError("deltas need a base")
+        for one, base in zip(_split(tensors.tensor(name)), _split(self._base.tensor(name)), strict=True):
+            yield one.float() - base.float()
+
+    def _blocks(self, name: str, *, whole: bool) -> Iterator[list[Tensor]]:
+        """The tensor of every model, then of the base, in blocks of rows or as a whole."""
+        tensors = [one.tensor(name) for one in self._every]
+        if whole:
+            yield tensors
+            return
+        for blocks in zip(*(_split(tensor) for tensor in tensors), strict=True):
+            yield list(blocks)
+
+    def _same(self, name: str) -> Tensor:
+        """A tensor of integers. Raises MismatchError if the models have different ones."""
+        import torch
+
+        first = self._every[0].tensor(name)
+        for other in self._every[1:]:
+            if not torch.equal(first, other.tensor(name)):
+                raise MismatchError(
+                    f"{name} holds {self._every[0].spec(name).dtype} and differs in {other.name}; "
+                    "integers have no mean"
+                )
+        return first
+
+    def _dtype(self, own: str) -> str:
+        wanted = self._recipe.out_dtype or self._recipe.dtype
+        return own if wanted is None or own not in DTYPE_NAMES else _DTYPES[wanted]
+
+    def _tied(self) -> dict[str, str]:
+        """The tensors that are another one's copy in every model, with that one: both are merged as one."""
+        import torch
+
+        tables = [name for name in self._names if _TABLES.search(name)]
+        twins: dict[str, str] = {}
+        for first, *others in (tables[start:] for start in range(len(tables))):
+            for other in others:
+                if other not in twins and all(
+                    one.spec(first).shape == one.spec(other).shape
+                    and torch.equal(one.tensor(first), one.tensor(other))
+                    for one in self._every
+                ):
+                    twins[other] = twins.get(first, first)
+        return twins
+
+    def _one_density(self, model: int) -> float:
+        """The density of a model, the same for every tensor, since its trim goes over all of them."""
+        found = {settings.densities[model] for settings in self._settings.values()}
+        if len(found) > 1:
+            raise GembError(
+                f"density of {self._models[model].name} differs between tensors ({min(found):g} to "
+                f"{max(found):g}), but TIES trims over the whole model; "
+                "give one density, or variant: mergekit, which trims each tensor"
+            )
+        return found.pop()
+
+    def _check_filters(self) -> None:
+        for text in self._recipe.filters():
+            if not any(text in name for name in self._names):
+                words = {part for name in self._names for part in name.split(".") if not part.isdigit()}
+                raise MismatchError(
+                    f"the filter {text!r} is in no tensor's name; names have {', '.join(sorted(words))}"
+                )
+
+    def _not_finite(self, name: str, blocks: Sequence[Tensor], dtype: str) -> GembError:
+        import torch
+
+        for tensors, block in zip(self._every, blocks, strict=True):
+            if not bool(torch.isfinite(block).all()):
+                return UnavailableError(
+                    f"{tensors.spec(name).file} is damaged: {name} holds NaN or infinity; "
+                    "download the model again, or train it anew"
+                )
+        return GembError(
+            f"the merged {name} is too large for {dtype.removeprefix('torch.')}; "
+            "take dtype: float32, or smaller weights"
+        )
+
+
+def _split(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor in blocks of whole rows of about BLOCK_ENTRIES entries; one of fewer dimensions as it is."""
+    if tensor.ndim < 2:
+        yield tensor
+        return
+    rows = max(1, BLOCK_ENTRIES // max(1, math.prod(tensor.shape[1:])))
+    edges = [*range(0, len(tensor), rows), len(tensor)]
+    for start, stop in pairwise(edges):
+        yield tensor[start:stop]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,591 @@
+"""Whole models merged: folders in, a folder out."""
+
+import json
+import resource
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gemb.engine.encoder import Encoder
+from gemb.errors import Exit, GembError, MachineError, MismatchError, UnavailableError
+from gemb.jobs.merge import MergeRecipe, plan, run
+from gemb.jobs.merge_streaming import BLOCK_ENTRIES
+from gemb.merging.averages import soup
+from gemb.merging.election import elected_mean
+from gemb.merging.spheres import slerp
+from gemb.model.folder import read_folder
+from gemb.recipe import load
+from tests.conftest import Finished
+from tests.models import random_texts, tiny_folder
+
+PARTS = ("", "2_Dense")
+FROZEN = "norm.weight"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base`, and `a`, `b`, `c` near it, which share the last norm with it."""
+    place = tmp_path_factory.mktemp("models")
+    tiny_folder(place / "base", "gemma3", dense=[{"bias": True}])
+    for seed, name in enumerate("abc"):
+        shutil.copytree(place / "base", place / name)
+        change(place / name, seed)
+    return place
+
+
+def change(folder: Path, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for part in PARTS:
+        rewrite(
+            folder / part,
+            lambda name, tensor: (
+                tensor if name == FROZEN else tensor + 0.02 * torch.randn(tensor.shape, generator=generator)
+            ),
+        )
+
+
+def rewrite(folder: Path, changed: Callable[[str, Tensor], Tensor]) -> None:
+    file = folder / "model.safetensors"
+    save_file({name: changed(name, tensor) for name, tensor in load_file(file).items()}, file)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {
+        f"{part}.{name}".lstrip("."): tensor
+        for part in PARTS
+        for name, tensor in load_file(folder / part / "model.safetensors").items()
+    }
+
+
+def recipe(models: Path, output: Path, *names: str, **settings: Any) -> MergeRecipe:  # noqa: ANN401
+    values = {
+        "models": [str(models / name) for name in names or ("a", "b", "c")],
+        "output": str(output),
+        "threads": 1,
+        **settings,
+    }
+    if "base_model" in settings:
+        values["base_model"] = str(models / settings["base_model"])
+    return MergeRecipe.model_validate_json(json.dumps(values))
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-7, rtol=1e-6)
+
+
+def by_tensor(models: Path, names: str, merge: Callable[..., Tensor]) -> dict[str, Tensor]:
+    every = [tensors(models / name) for name in names]
+    return {name: merge(*(one[name] for one in every)) for name in every[0]}
+
+
+def test_a_soup_is_the_mean_of_every_tensor_dense_included(models: Path, tmp_path: Path) -> None:
+    run(recipe(models, tmp_path / "soup"))
+    assert_same(tensors(tmp_path / "soup"), by_tensor(models, "abc", lambda *each: soup(each, [1, 1, 1])))
+
+
+def test_a_soup_does_not_depend_on_the_order_and_weights_count(models: Path, tmp_path: Path) -> None:
+    run(recipe(models, tmp_path / "one", "a", "b", weights=[1, 3]))
+    run(recipe(models, tmp_path / "two", "b", "a", weights=[3, 1]))
+    assert_same(tensors(tmp_path / "one"), tensors(tmp_path / "two"))
+    run(recipe(models, tmp_path / "plain", "a", "b"))
+    assert not torch.equal(
+        tensors(tmp_path / "one")["2_Dense.linear.weight"],
+        tensors(tmp_path / "plain")["2_Dense.linear.weight"],
+    )
+
+
+@pytest.mark.parametrize(
+    "method",
+    "linear task_arithmetic slerp karcher multislerp ties dare_ties della breadcrumbs model_stock".split(),
+)
+def test_what_no_model_changed_is_kept_to_the_bit(method: str, models: Path, tmp_path: Path) -> None:
+    names = ("a", "b") if method == "slerp" else ("a", "b", "c")
+    base = {} if method in ("linear", "slerp", "karcher", "multislerp") else {"base_model": "base"}
+    run(recipe(models, tmp_path / "out", *names, merge_method=method, **base))
+    assert torch.equal(tensors(tmp_path / "out")[FROZEN], tensors(models / "base")[FROZEN])
+    assert not torch.equal(
+        tensors(tmp_path / "out")["2_Dense.linear.bias"], tensors(models / "a")["2_Dense.linear.bias"]
+    )
+
+
+def test_copies_merge_to_the_same_model_to_the_bit(models: Path, tmp_path: Path) -> None:
+    for name in ("d", "e"):
+        shutil.copytree(models / "a", tmp_path / name)
+    names = [str(models / "a"), str(tmp_path / "d"), str(tmp_path / "e")]
+    run(recipe(models, tmp_path / "out", *names, weights=[1, 2, 4]))
+    assert Encoder.load(str(tmp_path / "out")).fingerprint == Encoder.load(str(models / "a")).fingerprint
+
+
+def test_task_arithmetic_with_lambda_one_third_is_the_soup(models: Path, tmp_path: Path) -> None:
+    settings = {"merge_method": "task_arithmetic", "base_model": "base"}
+    run(recipe(models, tmp_path / "sum", parameters={"lambda": 1 / 3}, **settings))
+    run(recipe(models, tmp_path / "soup"))
+    assert_same(tensors(tmp_path / "sum"), tensors(tmp_path / "soup"))
+    run(recipe(models, tmp_path / "base", parameters={"lambda": 0}, **settings))
+    assert_same(tensors(tmp_path / "base"), tensors(models / "base"))
+    run(recipe(models, tmp_path / "one", "a", **settings))
+    assert_same(tensors(tmp_path / "one"), tensors(models / "a"))
+
+
+def test_slerp_begins_at_its_base(models: Path, tmp_path: Path) -> None:
+    run(recipe(models, tmp_path / "out", "a", "b", merge_method="slerp", parameters={"t": 0.25}))
+    expected = by_tensor(models, "ab", lambda one, two: slerp(one, two, 0.25))
+    assert_same(tensors(tmp_path / "out"), expected)
+    settings = {"merge_method": "slerp", "base_model": "a", "parameters": {"t": 0.25}}
+    run(recipe(models, tmp_path / "listed", "b", "a", **settings))
+    assert_same(tensors(tmp_path / "listed"), expected)
+
+
+def test_ties_trims_over_the_whole_model(models: Path, tmp_path: Path) -> None:
+    settings = {"merge_method": "ties", "base_model": "base", "parameters": {"density": 0.3}}
+    run(recipe(models, tmp_path / "whole", **settings))
+    run(recipe(models, tmp_path / "each", variant="mergekit", **settings))
+    base = tensors(models / "base")
+    flat = [
+        torch.cat([(tensor - base[name]).reshape(-1) for name, tensor in tensors(models / one).items()])
+        for one in "abc"
+    ]
+    kept = [
+        torch.where(delta.abs() >= delta.abs().topk(int(0.3 * len(delta))).values[-1], delta, 0.0)
+        for delta in flat
+    ]
+    mean = elected_mean(kept, [1, 1, 1])
+    parts = torch.split(mean, [tensor.numel() for tensor in base.values()])
+    expected = {
+        name: tensor + part.reshape(tensor.shape)
+        for (name, tensor), part in zip(base.items(), parts, strict=True)
+    }
+    assert_same(tensors(tmp_path / "whole"), expected)
+    assert not torch.equal(
+        tensors(tmp_path / "whole")["embed_tokens.weight"], tensors(tmp_path / "each")["embed_tokens.weight"]
+    )
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "della_linear", "breadcrumbs_ties"])
+def test_blocks_give_what_whole_tensors_give(
+    method: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"merge_method": method, "base_model": "base", "parameters": {"density": 0.7}}
+    run(recipe(models, tmp_path / "whole", **settings))
+    assert BLOCK_ENTRIES > 200 * 64
+    monkeypatch.setattr("gemb.jobs.merge_streaming.BLOCK_ENTRIES", 640)
+    run(recipe(models, tmp_path / "blocks", **settings))
+    whole, blocks = tensors(tmp_path / "whole"), tensors(tmp_path / "blocks")
+    # Torch draws in groups of 16, so that blocks of 640 entries draw what the whole does.
+    assert all(torch.equal(tensor, blocks[name]) for name, tensor in whole.items())
+
+
+def test_dropping_at_random_is_the_seeds_alone(models: Path, tmp_path: Path) -> None:
+    settings = {"merge_method": "dare_linear", "base_model": "base", "parameters": {"density": 0.5}}
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        run(recipe(models, tmp_path / name, seed=seed, **settings))
+    one, again, other = (tensors(tmp_path / name) for name in ("one", "again", "other"))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["embed_tokens.weight"], other["embed_tokens.weight"])
+
+
+def test_the_dtype_may_be_chosen_and_sums_are_float32(models: Path, tmp_path: Path) -> None:
+    run(recipe(models, tmp_path / "half", dtype="bfloat16"))
+    expected = by_tensor(models, "abc", lambda *each: soup(each, [1, 1, 1]).bfloat16())
+    found = tensors(tmp_path / "half")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items() if name != FROZEN)
+    config = json.loads((tmp_path / "half/config.json").read_text())
+    assert "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
+
+
+def test_shards_and_tied_tables_come_out_as_one_file_with_both(models: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        shutil.copytree(models / name, tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        weights["lm_head.weight"] = weights["embed_tokens.weight"].clone()
+        (tmp_path / name / "model.safetensors").unlink()
+        names = sorted(weights)
+        files = {one: f"model-0000{1 + (place > 5)}-of-00002.safetensors" for place, one in enumerate(names)}
+        for file in set(files.values()):
+            save_file({one: weights[one] for one in names if files[one] == file}, tmp_path / name / file)
+        index = {"metadata": {}, "weight_map": files}
+        (tmp_path / name / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copytree(models / "base", tmp_path / "base")
+    rewritten = load_file(tmp_path / "base/model.safetensors")
+    rewritten["lm_head.weight"] = rewritten["embed_tokens.weight"].clone()
+    save_file(rewritten, tmp_path / "base/model.safetensors")
+    settings = {"merge_method": "dare_linear", "base_model": "base", "parameters": {"density": 0.5}}
+    run(recipe(tmp_path, tmp_path / "out", "a", "b", **settings))
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(found["lm_head.weight"], found["embed_tokens.weight"])
+    assert not (tmp_path / "out/model.safetensors.index.json").exists()
+
+
+def test_the_folder_is_whole_and_sentence_transformers_gives_the_same_vectors(
+    models: Path, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    report = run(recipe(models, tmp_path / "out"))
+    texts = random_texts([3, 9, 20])
+    with closing(Encoder.load(str(tmp_path / "out"), threads=1, precision="fp32")) as encoder:
+        ours = encoder.embed(texts, as_="query")
+        assert encoder.fingerprint == report.data["fingerprint"]
+    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(texts, prompt_name="query")
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    card = (tmp_path / "out/README.md").read_text()
+    assert all(str(models / name) in card for name in "abc")
+    record = json.loads((tmp_path / "out/gemb.json").read_text())
+    assert [len(one["fingerprint"]) for one in record["ingredients"]] == [64, 64, 64]
+    assert record["recipe"]["merge_method"] == "linear"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_plan_writes_nothing(models: Path, tmp_path: Path) -> None:
+    planned = plan(recipe(models, tmp_path / "out"))
+    assert planned.title == f"would merge 3 models into {tmp_path / 'out'}"
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- data --------------------
+
+
+@pytest.fixture
+def sts(tmp_path: Path) -> Path:
+    """Pairs of texts whose scores are the cosines that model `a` gives, so that it is the best one."""
+    return tmp_path / "sts.jsonl"
+
+
+def write_sts(file: Path, model: Path) -> str:
+    pairs = [random_texts([6, 8], seed) for seed in range(40)]
+    with closing(Encoder.load(str(model), threads=1, precision="fp32")) as encoder:
+        vectors = [encoder.embed(pair) for pair in pairs]
+    rows = [
+        {"sentence1": pair[0], "sentence2": pair[1], "score": float(two[0] @ two[1])}
+        for pair, two in zip(pairs, vectors, strict=True)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_the_merged_model_gets_a_verdict_against_the_best_one(
+    models: Path, tmp_path: Path, sts: Path
+) -> None:
+    data = write_sts(sts, models / "a")
+    report = run(recipe(models, tmp_path / "out", "b", "a", weights=[1, 0], data=[data]))
+    verdict: Any = report.data["verdict"]
+    assert verdict["verdict"] == "REGRESSION"
+    assert report.exit_code == Exit.DONE
+    failing = {"weights": [1, 0], "data": [data], "fail_on_regression": True}
+    assert run(recipe(models, tmp_path / "gate", "b", "a", **failing)).exit_code == Exit.GATE
+    assert "REGRESSION against the best model" in (tmp_path / "out/README.md").read_text()
+    scores: Any = report.data["scores"]
+    assert scores[str(models / "a")] == max(scores.values())
+
+
+def test_a_greedy_soup_keeps_what_does_not_harm(models: Path, tmp_path: Path, sts: Path) -> None:
+    data = write_sts(sts, models / "a")
+    report = run(recipe(models, tmp_path / "out", "c", "a", "b", data=[data], choose="greedy"))
+    assert report.data["weights"] == [0, 1, 0]
+    assert_same(tensors(tmp_path / "out"), tensors(models / "a"))
+    trials: Any = report.data["trials"]
+    assert [trial["origin"] for trial in trials] == ["model"] * 3 + ["greedy"] * 2
+    assert report.tables[1].columns == ["origin", *(str(models / name) for name in "cab"), "score"]
+
+
+def test_a_search_for_weights_is_bounded_and_never_worse_than_the_recipe(
+    models: Path, tmp_path: Path, sts: Path
+) -> None:
+    data = write_sts(sts, models / "a")
+    report = run(recipe(models, tmp_path / "out", "a", "b", data=[data], choose="weights", budget=7))
+    trials: Any = report.data["trials"]
+    assert [trial["origin"] for trial in trials][:5] == ["recipe"] + ["drawn"] * 3 + ["refined"]
+    assert len(trials) <= 7
+    scores: Any = report.data["scores"]
+    assert scores["out"] == pytest.approx(max(trial["score"] for trial in trials))
+    assert scores["out"] >= trials[0]["score"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sts.jsonl"]
+
+
+# --- one run --------------------
+
+
+def with_checkpoints(models: Path, place: Path) -> Path:
+    shutil.copytree(models / "base", place)
+    for step, name in enumerate("abc"):
+        folder = place / f"run/checkpoints/step-{step:08d}"
+        folder.mkdir(parents=True)
+        save_file(tensors(models / name), folder / "weights.safetensors")
+    return place
+
+
+def test_the_last_checkpoints_of_a_run_are_averaged(models: Path, tmp_path: Path) -> None:
+    with_checkpoints(models, tmp_path / "run")
+    run(recipe(tmp_path, tmp_path / "last", "run", last=2))
+    assert_same(tensors(tmp_path / "last"), by_tensor(models, "bc", lambda *each: soup(each, [1, 1])))
+    run(recipe(tmp_path, tmp_path / "decayed", "run", last=3, decay=0.5))
+    assert_same(
+        tensors(tmp_path / "decayed"), by_tensor(models, "abc", lambda *each: soup(each, [0.25, 0.5, 1]))
+    )
+    read_folder(tmp_path / "last")
+
+
+def test_a_run_with_too_few_checkpoints_says_how_to_keep_them(models: Path, tmp_path: Path) -> None:
+    with_checkpoints(models, tmp_path / "run")
+    with pytest.raises(GembError) as caught:
+        run(recipe(tmp_path, tmp_path / "out", "run", last=4))
+    assert str(caught.value) == (
+        f"{tmp_path / 'run/run/checkpoints'} has 3 checkpoints, and last is 4; "
+        "train with checkpoint.keep_after: true and checkpoint.keep: 4 or more"
+    )
+
+
+# --- mistakes --------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "error", "message"),
+    [
+        (
+            "a",
+            {},
+            GembError,
+            "linear merges two models at least, and 1 is given; name more, or a run's checkpoints by --last",
+        ),
+        (
+            "ab",
+            {"weights": [1, -1]},
+            GembError,
+            "the weights sum to 0 at {first}; their sum divides, so change one",
+        ),
+        ("ab", {"weights": [1]}, GembError, "there are 1 weights for 2 models; give one a model"),
+        (
+            "abc",
+            {"merge_method": "slerp"},
+            GembError,
+            "slerp merges two models, not 3; karcher merges any number",
+        ),
+        (
+            "ab",
+            {"merge_method": "ties"},
+            GembError,
+            "ties starts from the model that the others were trained from; "
+            "name it with --base-model (base_model in a recipe)",
+        ),
+        (
+            "ab",
+            {"base_model": "base"},
+            GembError,
+            "linear has no base; leave out base_model, or list {base} in models",
+        ),
+        (
+            "ab",
+            {"merge_method": "ties", "base_model": "base", "parameters": {"density": 1.5}},
+            GembError,
+            "density is 1.5; it must be above 0 and at most 1",
+        ),
+        (
+            "ab",
+            {"merge_method": "dare_ties", "base_model": "base", "parameters": {"density": 0}},
+            GembError,
+            "density is 0; it must be above 0 and at most 1",
+        ),
+        (
+            "ab",
+            {"merge_method": "della", "base_model": "base", "parameters": {"density": 0.9}},
+            GembError,
+            "density 0.9 and epsilon 0.15 give chances from 0.75 to 1.05; they must lie between 0 and 1",
+        ),
+        (
+            "ab",
+            {"merge_method": "ties", "base_model": "base", "parameters": {"density": [0.1, 0.5]}},
+            GembError,
+            "density of {a} differs between tensors (0.1 to 0.5), but TIES trims over the whole model; "
+            "give one density, or variant: mergekit, which trims each tensor",
+        ),
+        (
+            "ab",
+            {"choose": "greedy"},
+            GembError,
+            "--choose compares merged models on data; name some with --data",
+        ),
+        (
+            "ab",
+            {"data": ["nothing.jsonl"]},
+            UnavailableError,
+            "there is no nothing.jsonl to evaluate on; check the path",
+        ),
+    ],
+)
+def test_a_mistake_is_told_and_leaves_nothing(
+    names: str, settings: dict[str, Any], error: type[GembError], message: str, models: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error) as caught:
+        run(recipe(models, tmp_path / "out", *names, **settings))
+    first = next(iter(load_file(models / "a/model.safetensors")))
+    assert str(caught.value) == message.format(a=models / "a", base=models / "base", first=first)
+    assert type(caught.value) is error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_no_number_are_refused(models: Path, tmp_path: Path) -> None:
+    file = tmp_path / "merge.yaml"
+    file.write_text(f"models: [{models / 'a'}, {models / 'b'}]\nweights: [1, .nan]\n")
+    with pytest.raises(GembError, match=r"^weight is nan; it must be a finite number$"):
+        run(load(file, MergeRecipe, (), {"output": tmp_path / "out"}))
+
+
+def test_an_unknown_filter_is_told_with_the_words_of_the_names(models: Path, tmp_path: Path) -> None:
+    weight = [{"filter": "self_atn", "value": 1}, {"value": 2}]
+    with pytest.raises(MismatchError) as caught:
+        run(recipe(models, tmp_path / "out", "a", "b", parameters={"weight": weight}))
+    assert str(caught.value).startswith("the filter 'self_atn' is in no tensor's name; names have 2_Dense, ")
+
+
+@pytest.fixture
+def altered(models: Path, tmp_path: Path) -> Path:
+    shutil.copytree(models / "b", tmp_path / "altered")
+    return tmp_path / "altered"
+
+
+def refused(models: Path, altered: Path) -> list[str]:
+    with pytest.raises(MismatchError) as caught:
+        run(recipe(models, altered.parent / "out", "a", str(altered)))
+    head, *lines = str(caught.value).splitlines()
+    assert head == f"cannot be merged with {models / 'a'}:"
+    assert caught.value.exit_code == Exit.MISMATCH
+    assert not (altered.parent / "out").exists()
+    return [line.removeprefix(f"  {altered}: ") for line in lines]
+
+
+def test_other_shapes_are_refused_by_name(models: Path, altered: Path) -> None:
+    rewrite(altered, lambda name, tensor: tensor[:100].clone() if name == "embed_tokens.weight" else tensor)
+    assert refused(models, altered) == ["embed_tokens.weight is [100, 64], not [200, 64]"]
+
+
+def test_missing_tensors_are_refused_by_name(models: Path, altered: Path) -> None:
+    file = altered / "model.safetensors"
+    weights = load_file(file)
+    weights["rope.table"] = weights.pop(FROZEN)
+    save_file(weights, file)
+    assert refused(models, altered) == [
+        f"lacks 1 tensors: {FROZEN}",
+        "has, beyond the other, 1 tensors: rope.table",
+    ]
+
+
+def test_other_prompts_and_another_pooling_are_refused_together(models: Path, altered: Path) -> None:
+    file = altered / "config_sentence_transformers.json"
+    file.write_text(file.read_text().replace("w11 ", "w12 "))
+    file = altered / "1_Pooling/config.json"
+    file.write_text(file.read_text().replace('"include_prompt": true', '"include_prompt": false'))
+    pooling, prompt = refused(models, altered)
+    assert "include_prompt=False" in pooling
+    assert pooling.startswith("pooling is PoolingSettings(")
+    assert prompt == "prompt document is 'w12 ', not 'w11 '"
+
+
+def test_another_tokenizer_is_refused(models: Path, altered: Path) -> None:
+    file = altered / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["w4"], vocabulary["w5"] = vocabulary["w5"], vocabulary["w4"]
+    file.write_text(json.dumps(content))
+    assert refused(models, altered) == [
+        "another tokenizer; a merge needs one, since tokens are rows of the table"
+    ]
+
+
+def test_another_setting_of_the_backbone_is_refused(models: Path, altered: Path) -> None:
+    file = altered / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "rms_norm_eps": 0.5, "transformers_version": "0"}))
+    assert refused(models, altered) == [f"config.json: rms_norm_eps is 0.5, not {config['rms_norm_eps']!r}"]
+
+
+def test_another_family_is_refused(models: Path, tmp_path: Path) -> None:
+    tiny_folder(tmp_path / "bert", "bert")
+    assert refused(models, tmp_path / "bert") == ["a bert model, not gemma3_text"]
+
+
+def test_a_weight_that_is_not_finite_is_told_with_its_file(models: Path, altered: Path) -> None:
+    rewrite(altered, lambda name, tensor: torch.full_like(tensor, float("nan")) if name == FROZEN else tensor)
+    with pytest.raises(UnavailableError) as caught:
+        run(recipe(models, altered.parent / "out", "a", str(altered)))
+    assert str(caught.value) == (
+        f"{altered / 'model.safetensors'} is damaged: {FROZEN} holds NaN or infinity; "
+        "download the model again, or train it anew"
+    )
+    assert not (altered.parent / "out").exists()
+
+
+def test_a_result_that_its_dtype_cannot_hold_is_refused(models: Path, tmp_path: Path) -> None:
+    settings = {"dtype": "float16", "weights": [1e6, 1e6], "parameters": {"normalize": False}}
+    with pytest.raises(
+        GembError, match=r"is too large for float16; take dtype: float32, or smaller weights$"
+    ):
+        run(recipe(models, tmp_path / "out", "a", "b", **settings))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_exists_is_left_alone(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").touch()
+    with pytest.raises(GembError) as caught:
+        run(recipe(models, tmp_path / "out"))
+    assert str(caught.value) == (
+        f"{tmp_path / 'out'} exists; choose another path for the model, or move it away"
+    )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+@pytest.mark.faults
+def test_a_disk_that_is_full_leaves_nothing(models: Path, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(MachineError, match=r"^cannot write .*: the file grew past a size limit"):
+            run(recipe(models, tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the command --------------------
+
+
+def test_the_command_merges_and_tells_a_mistake(
+    gemb: Callable[..., Finished], models: Path, tmp_path: Path
+) -> None:
+    done = gemb("merge", models / "a", models / "b", "-o", tmp_path / "out", "--weights", "1,3", "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["output"] == str(tmp_path / "out")
+    expected = by_tensor(models, "ab", lambda *each: soup(each, [1, 3]))
+    assert_same(tensors(tmp_path / "out"), expected)
+    again = gemb("merge", models / "a", models / "b", "-o", tmp_path / "out")
+    assert (again.code, again.out) == (2, "")
+    assert again.err == (
+        f"gemb: {tmp_path / 'out'} exists; choose another path for the model, or move it away\n"
+    )
+
+
+def test_the_command_reads_a_recipe_of_mergekit(
+    gemb: Callable[..., Finished], models: Path, tmp_path: Path
+) -> None:
+    file = models / "ties.yml"
+    file.write_text(
+        "models:\n"
+        "  - model: ./base\n"
+        "  - model: ./a\n    parameters: {density: 0.5, weight: 0.5}\n"
+        "  - model: ./b\n    parameters:\n      density: 0.5\n      weight: 0.3\n"
+        "merge_method: ties\nbase_model: ./base\n"
+        "parameters:\n  normalize: true\n  int8_mask: true\ndtype: float32\ntokenizer_source: base\n"
+    )
+    done = gemb("merge", file, "-o", tmp_path / "out", "--dry-run", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["models"] == [str(models / "a"), str(models / "b")]
