@@ -17,7 +17,7 @@ Gradient: TypeAlias = float | tuple[float, ...]
 """One number, or several that stand at equal distances from the first layer to the last."""
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
-_BEFORE_LAYERS = re.compile(r"embed|shared\.|wte|wpe|embd")
+_BEHIND_POOLING = re.compile(r"\d+_")
 
 
 class Filtered(Recipe):
@@ -202,7 +202,7 @@ class MergeRecipe(Recipe):
         own = each("weight", 1.0)
         given = tuple(weights) or self.weights or own
         normalises = self.merge_method == "linear" or (
-            self.method.elects and (by_paper or self.merge_method == "ties")
+            self.method.elects and (by_paper or self.merge_method in ("ties", "della"))
         )
         settings = TensorSettings(
             weights=given,
@@ -267,10 +267,13 @@ class MergeRecipe(Recipe):
 
 
 def place_of(tensor: str, layers: int) -> float:
-    """Where a tensor stands for a gradient: 0 in the first layer and before it, 1 in the last and after."""
+    """Where a tensor stands for a gradient: 0 in the first layer, 1 in the last and in modules behind pooling.
+
+    What else is outside the layers (the table, a last norm) takes the first number, as in mergekit.
+    """
     if found := _LAYER.search(tensor):
         return int(found[1]) / (layers - 1) if layers > 1 else 1.0
-    return 0.0 if _BEFORE_LAYERS.search(tensor) else 1.0
+    return 1.0 if _BEHIND_POOLING.match(tensor) else 0.0
 
 
 def layers_of(tensors: Sequence[str]) -> int:

@@ -32,9 +32,9 @@ def test_numbers_over_the_layers_are_interpolated() -> None:
     assert found == [0, 0.5, 1, 0.75, 0.5]
 
 
-def test_what_stands_before_the_layers_takes_the_first_number_and_what_stands_after_the_last() -> None:
-    assert place_of("embed_tokens.weight", 4) == place_of("embeddings.LayerNorm.weight", 4) == 0
-    assert place_of("norm.weight", 4) == place_of("2_Dense.linear.weight", 4) == 1
+def test_what_is_outside_the_layers_takes_the_first_number_and_a_dense_module_the_last() -> None:
+    assert place_of("embed_tokens.weight", 4) == place_of("norm.weight", 4) == 0
+    assert place_of("2_Dense.linear.weight", 4) == 1
     assert place_of("encoder.layer.1.output.weight", 3) == 0.5
     assert layers_of(["encoder.layer.0.x", "encoder.layer.11.y", "norm"]) == 12
 
