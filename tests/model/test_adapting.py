@@ -150,6 +150,59 @@ def test_a_kept_mask_gives_the_states_of_the_source(family: str, made: Made, tmp
     assert set(ways.values()) == {"causal"}
 
 
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "reaches"),
+    [
+        ("llama", {"rope_parameters": _LLAMA3, "attention_bias": True, "mlp_bias": True}, {"full"}),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, {"window ±4", "full"}),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 4}, {"full"}),
+        ("mistral", {"sliding_window": None}, {"full"}),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+            {"full", "window ±5"},
+        ),
+        (
+            "modernbert-decoder",
+            {"global_attn_every_n_layers": 2, "attention_bias": True},
+            {"window ±4", "full"},
+        ),
+    ],
+)
+def test_rotary_scaling_biases_and_windows_are_kept(
+    family: str, settings: dict[str, Any], reaches: set[str], tmp_path: Path
+) -> None:
+    model = tiny_model(_SORTS[family])
+    given = {
+        key: value for key, value in model.config.to_dict().items() if key not in ("layer_types", *settings)
+    }
+    if "rope_scaling" in settings:
+        del given["rope_parameters"]
+    torch.manual_seed(0)
+    varied: Any = transformers.AutoModelForCausalLM.from_config(type(model.config)(**{**given, **settings}))  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        for name, parameter in varied.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    varied.save_pretrained(tmp_path / "source")
+    _write_tokenizer(tmp_path / "source", 0, special=True)
+    adapted = write(plan(read_folder(tmp_path / "source"), Wanted()), tmp_path / "out")
+    assert adapted.proofs.source_difference == 0
+    assert set(adapted.proofs.reaches) == reaches
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "rope_parameters" not in config  # the spelling that older tools read
+
+
 @pytest.mark.slow  # a process that imports sentence-transformers
 def test_folders_load_bidirectionally_where_gemb_is_blocked(made: Made, tmp_path: Path) -> None:
     targets = {family: made(family)[1] for family in FAMILIES}
