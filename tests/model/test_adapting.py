@@ -555,6 +555,21 @@ def test_settings_that_do_not_fit_are_refused(made: Made, tmp_path: Path) -> Non
     assert str(refused(quantised)).startswith(f"{quantised / 'config.json'}: the weights are quantised")
 
 
+def test_a_tokenizer_of_another_model_is_refused(made: Made, tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    shutil.copytree(made("llama")[0], folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["w200"] = VOCABULARY
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = (
+        "the tokenizer has ids up to 200, but the model's vocab_size is 200; "
+        "tokenizer and weights are not of one model"
+    )
+    assert str(refused(folder)) == message
+    with pytest.raises(MismatchError, match=message):
+        plan(read_folder(folder), Wanted(), texts=["w5"])
+
+
 def test_an_output_that_exists_and_a_full_disk_are_refused(
     made: Made,
     tmp_path: Path,

@@ -16,6 +16,7 @@ from gemb.model.adapting.streaming import SHARD_BYTES, write_pieces
 from gemb.model.folder import ModelFolder
 from gemb.model.pruned import check_layers, vocabulary_for
 from gemb.model.vocabulary import CutVocabulary
+from gemb.text.tokenisation import Tokeniser
 
 if TYPE_CHECKING:
     from gemb.model.adapting.proofs import Proofs
@@ -85,8 +86,8 @@ def plan(
     """The adaptation of `source`, from its config and headers; with `texts` the vocabulary is cut to theirs.
 
     Special tokens always stay. Of the texts' tokens `largest` stay, the most frequent ones; None keeps all.
-    Raises MismatchError for a family that is not known, an encoder, tensors that do not fit and a prompt that
-    is not there, GembError for layers that are not.
+    Raises MismatchError for a family that is not known, an encoder, tensors or a tokenizer that do not fit,
+    and layers that are not there; GembError for a default prompt without a text.
     """
     family_of(source)
     if wanted.default_prompt is not None and wanted.default_prompt not in wanted.prompts:
@@ -104,7 +105,12 @@ def plan(
     if kept:
         check_layers(source, kept, int(whole["num_hidden_layers"]))
     cut = None
-    if texts is not None:
+    if texts is None:
+        tokeniser = Tokeniser.load(
+            source.tokenizer_folder, max_tokens=DEFAULT_TOKENS, lower_case=source.do_lower_case
+        )
+        tokeniser.check_vocabulary(int(whole["vocab_size"]))
+    else:
         prompted = replace(source, prompts=wanted.prompts, default_prompt=wanted.default_prompt)
         cut = vocabulary_for(prompted, texts, int(whole["vocab_size"]), largest)
     config = adapted_config(source, causal=causal, keep_layers=kept, dropout=wanted.dropout, cut=cut)
