@@ -5,15 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from gemb.errors import GembError, MismatchError
+from gemb.jobs import train
 from gemb.jobs.adapt import AdaptRecipe, plan, run
 from gemb.model.folder import read_folder
 from gemb.recipe import load, shipped_recipes
-from tests.conftest import Finished, modules_after
+from tests.conftest import DATA, Finished, modules_after
 from tests.models import tiny_folder
 
+STORIES = DATA / "models" / "stories260K-hf"
 NAMES = [recipe.name for recipe in shipped_recipes() if yaml.safe_load(recipe.text).get("kind") == "adapt"]
 
 
@@ -136,6 +140,25 @@ def test_help_shows_an_example(gemb: Callable[..., Finished]) -> None:
     assert "gemb adapt google/gemma-3-270m -o runs/encoder" in done.out
     for option in ("--attention", "--pooling", "--keep-layers", "--keep-vocab", "--projections"):
         assert option in done.out
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"needs {STORIES}")
+def test_a_real_decoder_is_adapted_and_fine_tuned(tmp_path: Path) -> None:
+    run(
+        load(
+            "gemma_encoder/1-adapt", AdaptRecipe, (), {"source": str(STORIES), "output": tmp_path / "encoder"}
+        )
+    )
+    rows = [{"query": f"a red ball {n}", "positive": f"the ball {n} is red"} for n in range(16)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    changes = [f"data.0.path={pairs}", "batch.pairs=8", "steps=2", "threads=1", "precision=fp32"]
+    given = {"model": str(tmp_path / "encoder"), "output": tmp_path / "tuned"}
+    train.run(load("gemma_encoder/2-finetune", train.TrainRecipe, changes, given))
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("encoder", "tuned"))
+    assert set(before) == set(after)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert read_folder(tmp_path / "tuned").family == "eurobert"
 
 
 def test_the_job_loads_no_torch() -> None:
