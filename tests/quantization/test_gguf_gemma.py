@@ -13,6 +13,7 @@ from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, Keys, LlamaFileType
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from gemb.errors import MismatchError
+from gemb.quantization.fake import fake_quantise
 from gemb.quantization.gguf_gemma import (
     ARCHITECTURE,
     DENSE_TENSORS,
@@ -22,10 +23,10 @@ from gemb.quantization.gguf_gemma import (
     gguf_name,
     to_gguf,
 )
-from gemb.quantization.gguf_layout import F32, KINDS, Value
+from gemb.quantization.gguf_layout import F32, KINDS, TensorKind, Value
 from gemb.quantization.gguf_reader import read_gguf
 from gemb.quantization.gguf_writer import GgufTensor, write_gguf
-from gemb.quantization.grids import Q4_0
+from gemb.quantization.grids import GRIDS
 
 CONFIG: dict[str, Any] = {
     "model_type": "gemma3_text",
@@ -237,11 +238,15 @@ def test_file_types_are_those_of_llama_cpp() -> None:
         assert kind.file_type == LlamaFileType[theirs.get(name, f"MOSTLY_{name.upper()}")]
 
 
-def test_a_whole_model_comes_back_on_the_grid_with_its_norms(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [KINDS["q4_0"], KINDS["q8_0"]], ids=lambda kind: kind.name)
+def test_the_exported_file_computes_what_training_through_its_grid_computes(
+    kind: TensorKind, tmp_path: Path
+) -> None:
     from transformers import Gemma3TextConfig, Gemma3TextModel
 
     torch.manual_seed(0)
-    weights = Gemma3TextModel(Gemma3TextConfig(**CONFIG)).state_dict()
+    model = Gemma3TextModel(Gemma3TextConfig(**CONFIG))  # it has no dropout
+    weights = model.state_dict()
     for name, weight in weights.items():
         if name.endswith("norm.weight"):
             weight.normal_(0, 0.1)
@@ -249,21 +254,26 @@ def test_a_whole_model_comes_back_on_the_grid_with_its_norms(tmp_path: Path) -> 
         GgufTensor(
             gguf_name(name),
             tuple(weight.shape),
-            KINDS["q4_0"] if weight.ndim == 2 else F32,
+            kind if weight.ndim == 2 else F32,
             lambda name=name, weight=weight: to_gguf(gguf_name(name), weight),  # type: ignore[misc]
         )
         for name, weight in weights.items()
     ]
-    write_gguf(tmp_path / "m.gguf", metadata(), tensors)
+    write_gguf(tmp_path / "m.gguf", metadata(kind=kind), tensors)
     read = read_gguf(tmp_path / "m.gguf")
-    assert read.metadata["gemma-embedding.pooling_type"] == 1
-    assert len(GGUFReader(tmp_path / "m.gguf").tensors) == len(weights)
-    for name, weight in weights.items():
-        back = from_gguf(gguf_name(name), read.tensor(gguf_name(name)))
-        if weight.ndim == 2:
-            assert torch.equal(back, Q4_0.snap(weight))
-        else:
-            assert torch.equal(1 + back, 1 + weight)  # the gain, which is all that the model uses
+    assert len(GGUFReader(tmp_path / "m.gguf").tensors) == len(read.tensors) == len(weights)
+    exported = {folder_name(name): from_gguf(name, read.tensor(name)) for name in read.tensors}
+    trained = {
+        name: fake_quantise(weight, GRIDS[kind.name]) if weight.ndim == 2 else weight
+        for name, weight in weights.items()
+    }
+    ids = torch.tensor([[2, 280, 270, 281, 1]])
+    of_file = torch.func.functional_call(model, exported, (ids,)).last_hidden_state
+    in_training = torch.func.functional_call(model, trained, (ids,)).last_hidden_state
+    assert float((of_file - in_training).abs().max()) == 0
+    with torch.no_grad():
+        in_floats = model(ids).last_hidden_state
+    assert float((of_file - in_floats).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize(
