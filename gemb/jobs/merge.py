@@ -130,7 +130,7 @@ def _prepare(recipe: MergeRecipe, on_progress: OnProgress) -> _Setup:
     _check_search(recipe)
 
     def tell(line: str) -> None:
-        on_progress(Event(line, 0))
+        on_progress(Event("opening", 0, note=line))
 
     if recipe.last is not None:
         recipe, sources = _with_checkpoints(recipe)

@@ -267,7 +267,7 @@ class MergeRecipe(Recipe):
 
 
 def place_of(tensor: str, layers: int) -> float:
-    """Where a tensor stands for a gradient: 0 in the first layer, 1 in the last and in modules behind pooling.
+    """Where a tensor stands for a gradient: 0 in the first layer, 1 in the last and behind pooling.
 
     What else is outside the layers (the table, a last norm) takes the first number, as in mergekit.
     """
