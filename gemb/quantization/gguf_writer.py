@@ -1,10 +1,10 @@
-"""Writes GGUF files: metadata, then one tensor after the other, with one of them in memory at a time."""
+"""Writes GGUF files: metadata, then one tensor after the other, a few rows of it at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -36,6 +36,8 @@ from gemb.quantization.gguf_layout import (
     Value,
 )
 
+_NUMBERS_AT_ONCE = 4_000_000  # a grid works in float32 and makes copies: 100 MB instead of 4 GB for a table
+
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
@@ -62,7 +64,7 @@ def write_gguf(path: Path, metadata: Mapping[str, Value], tensors: Sequence[Gguf
     head, digest_at = _head(metadata, tensors)
     digest = hashlib.sha256()
     with atomic_write(path) as file:
-        for content in chain([head], (_padded(path, tensor) for tensor in tensors)):
+        for content in chain([head], *(_stored(path, tensor) for tensor in tensors)):
             digest.update(content)
             file.write(content)
         file.seek(digest_at)
@@ -115,16 +117,20 @@ def _head(metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]) -> tuple
     return bytes(head).ljust(_aligned(len(head)), b"\0"), digest_at
 
 
-def _padded(path: Path, tensor: GgufTensor) -> bytes:
-    """The bytes of `tensor`, padded to the alignment."""
+def _stored(path: Path, tensor: GgufTensor) -> Iterator[bytes]:
+    """The bytes of `tensor` a few rows at a time, padded to the alignment at the end."""
     weight = tensor.load()
     if tuple(weight.shape) != tensor.shape:
         raise ValueError(f"{tensor.name} was announced as {tensor.shape}, but is {tuple(weight.shape)}")
-    try:
-        content = encode(weight, tensor.kind).numpy().tobytes()
-    except ValueError as error:
-        raise MismatchError(f"{path}: {tensor.name}: {error}") from None
-    return content.ljust(_aligned(len(content)), b"\0")
+    width = tensor.shape[-1] if tensor.shape else 1
+    rows = weight.reshape(-1, width)
+    for some in torch.split(rows, max(1, _NUMBERS_AT_ONCE // max(1, width))):
+        try:
+            yield encode(some, tensor.kind).numpy().tobytes()
+        except ValueError as error:
+            raise MismatchError(f"{path}: {tensor.name}: {error}") from None
+    size = tensor.kind.size_bytes(tensor.shape)
+    yield bytes(_aligned(size) - size)
 
 
 def _aligned(size: int) -> int:

@@ -10,6 +10,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from gemb.errors import MismatchError
+from gemb.quantization import gguf_writer
 from gemb.quantization.gguf_layout import ALIGNMENT, KINDS, TensorKind, Value
 from gemb.quantization.gguf_reader import read_gguf
 from gemb.quantization.gguf_writer import GgufTensor, encode, write_gguf
@@ -83,6 +84,21 @@ def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_gguf(tmp_path / name, METADATA, listed([("matrix", drawn(4, 64), "q4_0")]))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+@ALL_KINDS
+def test_rows_written_in_pieces_are_the_rows_written_at_once(
+    kind: TensorKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = listed(
+        [("w", drawn(7, 3, 64), kind.name), ("s", torch.tensor(2.0), "f32"), ("z", drawn(0, 32), "f32")]
+    )
+    write_gguf(tmp_path / "whole", METADATA, tensors)
+    monkeypatch.setattr(gguf_writer, "_NUMBERS_AT_ONCE", 130)
+    write_gguf(tmp_path / "pieces", METADATA, tensors)
+    assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert read_gguf(tmp_path / "whole").tensor("s").item() == 2.0
+    assert read_gguf(tmp_path / "whole").tensor("z").shape == (0, 32)
 
 
 def test_one_tensor_is_loaded_after_the_other(tmp_path: Path) -> None:
