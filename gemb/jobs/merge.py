@@ -202,6 +202,8 @@ def _searched(setup: _Setup, alone: Sequence[Scored], on_progress: OnProgress) -
 
 def _write(setup: _Setup, merge: Merge, place: Path, on_progress: OnProgress) -> None:
     """A whole model folder at `place`: the files of the first model, the weights merged."""
+    import torch
+
     from gemb.model.trainable.saving import copy_files
 
     source = setup.sources[0]
@@ -214,11 +216,16 @@ def _write(setup: _Setup, merge: Merge, place: Path, on_progress: OnProgress) ->
         done += 1
         on_progress(Event("merging", min(done, total), total, unit="tensors"))
 
-    merge.prepare(lambda line: on_progress(Event(line, 0, unit="tensors")))
     for each in {folder.path, folder.tokenizer_folder, *(module.folder for module in folder.modules)}:
         copy_files(each, place / each.relative_to(folder.path))
-    for part, weights in parts.items():
-        merge.write(part, weights, place / part / "model.safetensors", tell)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums wait for memory: a second thread only spins
+    try:
+        merge.prepare(lambda line: on_progress(Event(line, 0, unit="tensors")))
+        for part, weights in parts.items():
+            merge.write(part, weights, place / part / "model.safetensors", tell)
+    finally:
+        torch.set_num_threads(threads)
     dtype = setup.recipe.out_dtype or setup.recipe.dtype
     if dtype is not None:
         _declare(place / folder.transformer.folder.relative_to(folder.path) / "config.json", dtype)
