@@ -54,19 +54,20 @@ def train_on_one_rank(index: int, count: int, port: int, target: Path) -> None:
                     results[f"{name} {keeps} {number}"] = parameter.grad.to_dense()
                 results[f"{name} {keeps} loss"] = torch.tensor(found.loss)
         tiny, head = TinyEncoder(), new_projection(8, 12, seed=1)
-        every = [*tiny.parameters(), head.weight]
+        mapped = list(head.parameters())
+        every = [*tiny.parameters(), *mapped]
         batch_gradients(
             tiny,
             every,
             tiny_batch(7, 3),
             lambda vectors: loss_of(head(vectors)),
             MemoryPlan(11, 0),
-            loss_parameters=[head.weight],
+            loss_parameters=mapped,
             ranks=ranks,
         )
-        for number, parameter in enumerate(every):
-            assert parameter.grad is not None
-            results[f"mapped {number}"] = parameter.grad
+        for number, trained in enumerate(every):
+            assert trained.grad is not None
+            results[f"mapped {number}"] = trained.grad
         assert ranks.any(index == 1) is (count > 1)
         assert ranks.smallest(10 + index) == 10
         ranks.wait()
