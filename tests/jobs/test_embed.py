@@ -702,7 +702,7 @@ def test_ids_that_stand_in_the_way_are_told_with_the_output_that_needs_them(benc
 def test_an_output_never_takes_the_place_of_an_input(bench: Bench) -> None:
     source = bench.write(rows_of(3))
     before = bench.files()
-    for output in ("docs.jsonl", "../work/docs.jsonl"):
+    for output in ("docs.jsonl", f"../{bench.place.name}/docs.jsonl"):
         with pytest.raises(GembError) as caught:
             bench.run(source, output, overwrite=True)
         assert str(caught.value) == f"{bench.place / output} is an input, too; choose another output"

@@ -382,7 +382,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_with_more_space(
             position = sink.sync()
     sink.close()
     assert position.rows > 500
-    assert str(caught.value).startswith(f"cannot write {tiny_disk}/work/")
+    assert str(caught.value).startswith(f"cannot write {tiny_disk / 'work'}/")
     assert str(caught.value).endswith("free); free some space, then run the same command again")
     assert not (tiny_disk / output).exists()
     subprocess.run(["mount", "-o", "remount,size=4m", tiny_disk], check=True)
@@ -479,7 +479,8 @@ def test_a_table_that_is_not_what_it_was_made_from_is_never_published(
     with pytest.raises(MachineError) as caught:
         sink.finish()
     assert str(caught.value) == (
-        f"{tmp_path}/work/table.parquet does not hold what was written to it; check the disk, then run again"
+        f"{tmp_path / 'work' / 'table.parquet'} does not hold what was written to it; "
+        "check the disk, then run again"
     )
     assert not (tmp_path / "docs.parquet").exists()
 
