@@ -32,6 +32,21 @@ MINIMUM_ROUNDS = 5
 """Of a published figure; fewer rounds are for looking, and the file says how many there were."""
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    """Let a process that reads commands end by itself, or kill it after ten seconds."""
+    if process.stdin and process.stdout:
+        try:
+            process.stdin.close()
+        except BrokenPipeError:
+            pass
+        process.stdout.close()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 @dataclass(frozen=True, slots=True)
 class Lap:
     """What one command of one contestant took."""
@@ -98,17 +113,7 @@ class Process:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process.stdin and self._process.stdout:
-            try:
-                self._process.stdin.close()
-            except BrokenPipeError:
-                pass
-            self._process.stdout.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end(self._process)
         self._stderr.close()
 
 

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.harness import end
 from benchmarks.machine import thread_environment
 from benchmarks.models import REPOSITORY, cache_folder
 
@@ -95,17 +96,7 @@ class Process:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process.stdin and self._process.stdout:
-            try:
-                self._process.stdin.close()
-            except BrokenPipeError:
-                pass
-            self._process.stdout.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end(self._process)
         self._stderr.close()
 
 
