@@ -140,6 +140,7 @@ class _Process:
         self.told = False
         self.places = 0
         self._lock = threading.Lock()
+        self._reaping = threading.Lock()  # of two threads that wait for one process, one finds no exit code
         self._waiting: dict[int, Future[NDArray[np.float32]]] = {}
         self._sent = 0
         context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks
@@ -209,15 +210,17 @@ class _Process:
             pass  # it is gone already
 
     def end(self) -> None:
-        self._process.join(CLOSE_SECONDS)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        with self._reaping:
+            self._process.join(CLOSE_SECONDS)
+            if self._process.is_alive():
+                self._process.kill()
+                self._process.join()
         self.alive = False
 
     def ending(self) -> str:
-        self._process.join(CLOSE_SECONDS)
-        code = self._process.exitcode
+        with self._reaping:
+            self._process.join(CLOSE_SECONDS)
+            code = self._process.exitcode
         if code is None:
             return "it does not answer"
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

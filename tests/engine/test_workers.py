@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gemb.engine import BatchFailure, Engine, run_batches
-from gemb.engine.workers import ProcessEngine, WorkerBug
+from gemb.engine.workers import ProcessEngine, WorkerBug, _Process
 from gemb.errors import MachineError, UnavailableError
 from gemb.text.batches import Batch
 from tests.fakes import FakeEngine, fake_vector, open_broken_engine, open_fake_engine, open_fragile_engine
@@ -102,6 +104,22 @@ def test_the_death_of_all_processes_is_a_machine_error(start: Callable[..., Proc
         "no process is left to compute (cpu 0: killed by SIGKILL; cpu 1: killed by SIGKILL); "
         "run the same command again"
     )
+
+
+def test_threads_that_ask_at_once_hear_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    process = _Process(open_fake_engine, "cpu 0")
+    process.wait_until_ready()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            endings = [pool.submit(process.ending) for _ in range(8)]
+            os.kill(process.pid, signal.SIGKILL)
+            assert {ending.result() for ending in endings} == {"killed by SIGKILL"}
+    finally:
+        sys.setswitchinterval(interval)
+        process.end()
 
 
 def test_a_bug_in_a_process_comes_with_the_traceback_it_had_there(
