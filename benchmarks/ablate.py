@@ -1,6 +1,6 @@
 """What each part of the method is worth: small models trained with and without it, three seeds each.
 
-An arm is a recipe in `ablations/`; a comparison is two or three arms that differ in one thing. Every arm and
+An arm is a recipe in `ablations/`; a comparison is some arms that differ in one thing. Every arm and
 seed takes one to two minutes on one core and adds one line to `results/ablations.jsonl` when it is done, so
 that a rerun does only what is missing; a recipe that was changed is missing, too. `results/ablations.md`
 shows means and spreads, and says what is not there yet. Needs `../shared/data`.
@@ -22,8 +22,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import orjson
 import typer
+from numpy.typing import NDArray
 
 from benchmarks.machine import this_machine
 from gemb.files import atomic_write
@@ -42,22 +44,42 @@ class Comparison:
     title: str
     arms: Sequence[str]
     views: Sequence[str] = ("f32",)
-    """Forms of the vectors that are shown; see `views_of`."""
+    """Forms of the vectors that are shown; see `measures`."""
 
 
 COMPARISONS = (
     Comparison("Spread-out term", ("contrastive", "spread_out"), ("f32", "quarter", "int8", "binary")),
     Comparison("Hardness of hard negatives", ("hardness_0", "contrastive")),
     Comparison("Equal texts masked", ("no_mask", "mask")),
-    Comparison("Same-tower negatives", ("in_batch", "samtone")),
+    Comparison("Same-tower negatives", ("in_batch", "samtone"), ("f32", "space")),
     Comparison("Hard negatives matched", ("matching_no_negatives", "matching")),
     Comparison("Matching, contrastive, both", ("matching", "contrastive", "both")),
+    Comparison("Soup of three mixtures", ("mixture_nli", "mixture_tldr", "mixture_bash", "soup")),
 )
+
+BEGINNINGS = {"mixture_nli": "contrastive", "mixture_tldr": "contrastive", "mixture_bash": "contrastive"}
+"""Arms that go on from the model of another arm of the same seed."""
+
+INGREDIENTS = {"soup": ("mixture_nli", "mixture_tldr", "mixture_bash")}
+"""Arms that are merged from the models of others."""
 
 
 def digest_of(arm: str) -> str:
-    """What tells a recipe from a changed one."""
-    return blake2b((ARMS / f"{arm}.yaml").read_bytes(), digest_size=6).hexdigest()
+    """What tells a recipe, and those of the arms it begins with, from changed ones."""
+    digest = blake2b(recipe_of(arm).read_bytes(), digest_size=6)
+    for other in before(arm):
+        digest.update(digest_of(other).encode())
+    return digest.hexdigest()
+
+
+def recipe_of(arm: str) -> Path:
+    """The file of an arm."""
+    return ARMS / f"{arm}.yaml"
+
+
+def before(arm: str) -> tuple[str, ...]:
+    """The arms whose models an arm begins with."""
+    return (BEGINNINGS[arm],) if arm in BEGINNINGS else INGREDIENTS.get(arm, ())
 
 
 def finished() -> dict[tuple[str, int], dict[str, Any]]:
@@ -66,7 +88,7 @@ def finished() -> dict[tuple[str, int], dict[str, Any]]:
     for text in LINES.read_bytes().splitlines() if LINES.is_file() else ():
         with suppress(orjson.JSONDecodeError):  # what a crash left half-written
             line = orjson.loads(text)
-            if (ARMS / f"{line['arm']}.yaml").is_file() and line["recipe"] == digest_of(line["arm"]):
+            if recipe_of(line["arm"]).is_file() and line["recipe"] == digest_of(line["arm"]):
                 found[line["arm"], line["seed"]] = line
     return found
 
@@ -78,50 +100,107 @@ def wanted() -> Iterator[tuple[str, int]]:
 
 
 def run_arm(arm: str, seed: int) -> dict[str, object]:
-    """Train one arm with one seed and measure the result in every view; gives its line.
+    """Make the model of one arm with one seed and measure it in every view; gives its line.
 
     What was killed goes on where it was: the run has a folder of its own until its line is written.
     """
-    from gemb.jobs import distill, train
-    from gemb.recipe import load
-
     began = time.monotonic()
-    source = ARMS / f"{arm}.yaml"
-    is_distilled = "\nkind: distill\n" in source.read_text(encoding="utf-8")
-    options = {"output": folder_of(arm, seed) / "model", "seed": seed, "threads": 1, "precision": "fp32"}
-    recipe = load(source, distill.DistillRecipe if is_distilled else train.TrainRecipe, (), options)
-    sets = recipe.evaluation.sets
-    # They are measured once, at the end, in all views.
-    recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"sets": ()})})
-    report = distill.run(recipe) if isinstance(recipe, distill.DistillRecipe) else train.run(recipe)
-    data: Mapping[str, Any] = report.data
-    after = {f"{name} [f32]": value for name, value in data["measures"].get("after", {}).items()}
+    data = made(arm, seed)
+    sets = sets_of(next(iter(INGREDIENTS.get(arm, (arm,)))))
+    after = {f"{name} [f32]": value for name, value in data.get("measures", {}).get("after", {}).items()}
     return {
         "arm": arm,
         "seed": seed,
         "recipe": digest_of(arm),
         "measures": {**after, **measures(folder_of(arm, seed) / "model", sets)},
-        "steps": data["steps"],
-        "tokens": data["tokens"],
-        "train_seconds": data["step_seconds"],
+        **{key: data[key] for key in ("steps", "tokens") if key in data},
+        "train_seconds": data.get("step_seconds", 0.0),
         "seconds": round(time.monotonic() - began, 1),
         "machine": this_machine().slug,
         "versions": data["versions"],
     }
 
 
+def made(arm: str, seed: int) -> Mapping[str, Any]:
+    """The report of the run that made the model of an arm, which it is made by now if it was not."""
+    from gemb.jobs import distill, merge, train
+    from gemb.recipe import load
+
+    record = folder_of(arm, seed) / "report.json"
+    if record.is_file():
+        found: dict[str, Any] = orjson.loads(record.read_bytes())
+        return found
+    for other in before(arm):
+        made(other, seed)
+    source, output = recipe_of(arm), folder_of(arm, seed) / "model"
+    data: Mapping[str, Any]
+    if arm in INGREDIENTS:
+        models = [str(folder_of(other, seed) / "model") for other in INGREDIENTS[arm]]
+        data = merge.run(load(source, merge.MergeRecipe, (), {"output": output, "models": models})).data
+    else:
+        options: dict[str, Any] = {"output": output, "seed": seed, "threads": 1, "precision": "fp32"}
+        if arm in BEGINNINGS:
+            options["model"] = str(folder_of(BEGINNINGS[arm], seed) / "model")
+        recipe = load(source, _kind_of(source), (), options)
+        # They are measured once, at the end, in all views.
+        recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"sets": ()})})
+        run = distill.run if isinstance(recipe, distill.DistillRecipe) else train.run
+        data = run(recipe).data
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(record) as file:
+        file.write(orjson.dumps(data))
+    return data
+
+
+def sets_of(arm: str) -> Sequence[str]:
+    """The data sets that an arm is measured on."""
+    from gemb.recipe import load
+
+    sets: Sequence[str] = load(recipe_of(arm), _kind_of(recipe_of(arm))).evaluation.sets
+    return sets
+
+
+def _kind_of(source: Path) -> type[Any]:
+    """The class of a recipe of training."""
+    from gemb.jobs.distill import DistillRecipe
+    from gemb.jobs.train import TrainRecipe
+
+    return DistillRecipe if "\nkind: distill\n" in source.read_text(encoding="utf-8") else TrainRecipe
+
+
 def folder_of(arm: str, seed: int) -> Path:
-    """Where a run is until its line is written."""
+    """Where a model is, until all arms that need it have their lines."""
     return Path(tempfile.gettempdir()) / f"gemb-ablate-{arm}-{seed}-{digest_of(arm)}"
 
 
 def measures(model: Path, sets: Sequence[str]) -> dict[str, float]:
-    """The main metric of each data set in each view: `{"nl2bash ndcg@10 [int8]": 0.31}`."""
+    """The main metric of each data set in each view: `{"nl2bash ndcg@10 [int8]": 0.31}`.
+
+    The view `space` has the numbers of `gemb eval --space` of the sets with queries and documents.
+    """
     from gemb.engine.encoder import Encoder
     from gemb.evaluation import View, evaluate
+    from gemb.evaluation.ranking import Bitext, Reranking
     from gemb.evaluation.reading import Choices, read_task
+    from gemb.evaluation.retrieval import Retrieval
+    from gemb.evaluation.space import measure_space
+    from gemb.evaluation.tasks import Task
 
     encoder = Encoder.load(model, threads=1, precision="fp32")
+    spaces: dict[str, float] = {}
+
+    def look(task: Task, vectors: Mapping[str, NDArray[np.float32]]) -> None:
+        if isinstance(task, Retrieval | Reranking | Bitext):
+            space = measure_space(task, vectors, View(encoder.dims))
+            spaces.update({
+                f"{task.name} probe accuracy [space]": space.probe_accuracy,
+                f"{task.name} gap [space]": space.gap,
+                f"{task.name} alignment [space]": space.alignment,
+                f"{task.name} uniformity of queries [space]": space.query_uniformity,
+                f"{task.name} uniformity of documents [space]": space.document_uniformity,
+                f"{task.name} top-1 similarity [space]": float(space.top1.mean()),
+            })  # fmt: skip
+
     try:
         views = {
             View(encoder.dims): "f32",
@@ -130,10 +209,11 @@ def measures(model: Path, sets: Sequence[str]) -> dict[str, float]:
             View(encoder.dims, "binary"): "binary",
         }
         tasks = [read_task(Path(path), Choices(seed=0)) for path in sets]
-        return {
+        scores = {
             f"{result.task.name} {result.score.metric} [{views[result.view]}]": result.score.value
-            for result in evaluate(encoder, tasks, list(views))
+            for result in evaluate(encoder, tasks, list(views), on_vectors=look)
         }
+        return {**scores, **spaces}
     finally:
         encoder.close()
 
@@ -198,6 +278,18 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
+def clear_away() -> None:
+    """Remove the models that no missing arm needs."""
+    done = finished()
+    missing = [run for run in wanted() if run not in done]
+    needed = set(missing)
+    for arm, seed in missing:
+        needed.update((first, seed) for other in before(arm) for first in (other, *before(other)))
+    for arm, seed in done:
+        if (arm, seed) not in needed:
+            shutil.rmtree(folder_of(arm, seed), ignore_errors=True)
+
+
 def main(
     arm: Annotated[str | None, typer.Option(help="Only this arm.")] = None,
     seed: Annotated[int | None, typer.Option(help="Only this seed.")] = None,
@@ -209,7 +301,7 @@ def main(
             if arm in (None, name) and seed in (None, number) and (name, number) not in finished():
                 line = run_arm(name, number)
                 append(line)
-                shutil.rmtree(folder_of(name, number), ignore_errors=True)
+                clear_away()
                 print(f"{name} {number}: {line['seconds']} s, {line['measures']}")
     with atomic_write(TABLE) as file:
         file.write(table(finished()).encode())
