@@ -89,35 +89,35 @@ class BertBackbone:
     ) -> None:
         self.table = table
         self.width = table.matrix.shape[1]
-        self._positions = positions
-        self._types = types
-        self._first_position = first_position
-        self._padding = padding
-        self._norm = norm
-        self._layers = tuple(layers)
+        self.positions = positions
+        self.types = types
+        self.first_position = first_position
+        self.padding = padding
+        self.norm = norm
+        self.layers = tuple(layers)
 
     def fuse(self) -> None:
         """Lay queries, keys and values together."""
-        for layer in self._layers:
+        for layer in self.layers:
             fuse_layer(layer.attention, layer.feed_forward)
 
     def forward(self, ids: Tensor, layout: Layout, computation: Computation) -> Tensor:
         """int64 ids[T] of packed texts -> states[T, D]."""
         x = embedded(self.table.matrix, ids, is_sparse=computation.sparse_table)
-        x = x + embedded(self._positions.matrix, self._positions_of(ids, layout), is_sparse=False)
-        if self._types is not None:
-            x = x + self._types.matrix[0]  # texts stand alone: all tokens are of the first type
-        return run_layers(self._layers, computation.drop(self._norm(x)), layout, computation)
+        x = x + embedded(self.positions.matrix, self._positions_of(ids, layout), is_sparse=False)
+        if self.types is not None:
+            x = x + self.types.matrix[0]  # texts stand alone: all tokens are of the first type
+        return run_layers(self.layers, computation.drop(self.norm(x)), layout, computation)
 
     def _positions_of(self, ids: Tensor, layout: Layout) -> Tensor:
         """int64[T], the row of each token in the table of positions."""
-        if self._padding is None or not (is_padding := ids == self._padding).any():
-            return layout.positions + self._first_position
+        if self.padding is None or not (is_padding := ids == self.padding).any():
+            return layout.positions + self.first_position
         # A text that spells `<pad>` out: RoBERTa gives that token no position and does not count it.
         before = is_padding.cumsum(0) - is_padding.long()
         first_of_text = torch.arange(len(ids), device=ids.device) - layout.positions
-        positions = layout.positions + self._first_position - (before - before[first_of_text])
-        return positions.masked_fill(is_padding, self._padding)
+        positions = layout.positions + self.first_position - (before - before[first_of_text])
+        return positions.masked_fill(is_padding, self.padding)
 
 
 def bert(config: Mapping[str, Any], tree: ParameterTree) -> BertBackbone:

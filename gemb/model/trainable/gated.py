@@ -56,27 +56,27 @@ class GatedBackbone:
     ) -> None:
         self.table = table
         self.width = table.matrix.shape[1]
-        self._embedding_scale = embedding_scale
-        self._embedding_gain = embedding_gain
-        self._layers = tuple(layers)
-        self._final_gain = final_gain
-        self._norm = norm
+        self.embedding_scale = embedding_scale
+        self.embedding_gain = embedding_gain
+        self.layers = tuple(layers)
+        self.final_gain = final_gain
+        self.norm = norm
 
     def fuse(self) -> None:
         """Lay queries, keys and values together, and gate and up."""
-        for layer in self._layers:
+        for layer in self.layers:
             fuse_layer(layer.attention, layer.feed_forward)
 
     def forward(self, ids: Tensor, layout: Layout, computation: Computation) -> Tensor:
         """int64 ids[T] of packed texts -> states[T, D] after the final norm."""
-        x = embedded(self.table.matrix, ids, self._embedding_scale, is_sparse=computation.sparse_table)
-        if self._embedding_gain is not None:
-            x = self._normed(x, self._embedding_gain)
-        x = run_layers(self._layers, computation.drop(x), layout, computation)
-        return self._normed(x, self._final_gain)
+        x = embedded(self.table.matrix, ids, self.embedding_scale, is_sparse=computation.sparse_table)
+        if self.embedding_gain is not None:
+            x = self._normed(x, self.embedding_gain)
+        x = run_layers(self.layers, computation.drop(x), layout, computation)
+        return self._normed(x, self.final_gain)
 
     def _normed(self, x: Tensor, gain: Tensors) -> Tensor:
-        return norm_rows(x, gain.matrix, self._norm)
+        return norm_rows(x, gain.matrix, self.norm)
 
 
 def gemma3(config: Mapping[str, Any], tree: ParameterTree) -> GatedBackbone:
