@@ -468,11 +468,11 @@ def test_a_class_that_stays_causal_is_seen_and_nothing_is_kept(
 
 def test_another_window_than_declared_is_seen(made: Made) -> None:
     model, reaches = loaded(made("gemma3_text")[1]), [Reach(4, 4), Reach(4, 4), FULL, Reach(4, 4)]
-    assert proofs._measure(model, reaches) == ("window ±4", "window ±4", "full", "window ±4")
+    assert proofs.measured_reaches(model, reaches) == ("window ±4", "window ±4", "full", "window ±4")
     with pytest.raises(GateError, match=r"layer 1 sees window ±4, but config.json says window ±5"):
-        proofs._measure(model, [Reach(4, 4), Reach(5, 5), FULL, Reach(4, 4)])
+        proofs.measured_reaches(model, [Reach(4, 4), Reach(5, 5), FULL, Reach(4, 4)])
     with pytest.raises(GateError, match=r"layer 2 sees full, but config.json says full, causal"):
-        proofs._measure(model, [Reach(4, 4), Reach(4, 4), CAUSAL, Reach(4, 4)])
+        proofs.measured_reaches(model, [Reach(4, 4), Reach(4, 4), CAUSAL, Reach(4, 4)])
 
 
 # --- bad input

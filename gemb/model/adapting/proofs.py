@@ -8,10 +8,11 @@ the states tell: which weights these are, who sees whom, how far each layer sees
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,14 +25,20 @@ from gemb.model.fallback import quiet
 from gemb.model.folder import ModelFolder, read_folder
 from gemb.model.weights import Weights
 
+Load: TypeAlias = Callable[..., Any]
+"""A model as transformers loads it with the options given, ready for states."""
+Run: TypeAlias = Callable[[Any, Tensor], object]
+"""Ids int64[B, L] through a model."""
+
 IMPLEMENTATIONS = ("eager", "sdpa")
 """Of attention, in transformers; others need a device or packages of their own."""
 LONGEST_TOKENS = 4200
 """A window is measured on a text of its length; beyond this it would take too much memory."""
-_TOKENS = 9
-_SAME_CLASS = 1e-6
+TOKENS = 9
+"""Length of the text that most proofs are made with."""
+SAME_CLASS = 1e-6
 """Largest difference, as a share of the largest state, where the same code computes the same numbers."""
-_OTHER_ORDER = 1e-4
+OTHER_ORDER = 1e-4
 """The same where sums are made in another order: padding, implementations, gemb's own code."""
 
 
@@ -77,40 +84,45 @@ def prove(
     adapted = read_folder(folder)
     config = dict(adapted.config)
     reaches = reach_of_layers(config)
-    ids = _ids(int(config["vocab_size"]), _TOKENS)
+    ids = probe_ids(int(config["vocab_size"]), TOKENS)
     before = ids if kept_ids is None else torch.tensor(kept_ids)[ids]
     if reaches and is_bidirectional(reaches) is causal:
         raise GateError(f"config.json makes it {'bidirectional' if causal else 'causal'}")
     with torch.inference_mode(), quiet():
-        reference = _source_model(source, keep_layers)
-        expected = _states(reference, before)
+        reference = source_model(source, keep_layers)
+        expected = states_of(reference, before)
         del reference
         decoder = _decoder(folder, causal_config(config, kind), kind)
-        source_difference = _difference(_states(decoder, ids), expected)
+        source_difference = difference_of(states_of(decoder, ids), expected)
         del decoder
-        _check(
+        check_difference(
             source_difference,
-            _SAME_CLASS,
+            SAME_CLASS,
             "with the causal mask kept, its states are not the source's",
         )
         class_difference = None
         if config["model_type"] != kind:
             open_config = {**causal_config(config, kind), "is_causal": False}
-            ours, theirs = _states(_load(folder), ids), _states(_decoder(folder, open_config, kind), ids)
-            class_difference = _difference(ours, theirs)
+            ours, theirs = (
+                states_of(load_encoder(folder), ids),
+                states_of(_decoder(folder, open_config, kind), ids),
+            )
+            class_difference = difference_of(ours, theirs)
             what = f"its states are not those of {kind} without the causal mask"
-            _check(class_difference, _SAME_CLASS, what)
-        implementations, padding_difference = _implementations(folder, ids, reaches, causal=causal)
-        model = _load(folder)
-        states = _states(model, ids)
+            check_difference(class_difference, SAME_CLASS, what)
+        implementations, padding_difference = seen_by_implementation(
+            partial(load_encoder, folder), ids, reaches, causal=causal
+        )
+        model = load_encoder(folder)
+        states = states_of(model, ids)
         with tempfile.TemporaryDirectory(prefix=".gemb-", dir=folder.parent) as again:
             model.save_pretrained(again)
-            saved_difference = _difference(_states(_load(Path(again)), ids), states)
-        _check(saved_difference, 0.0, "saved and loaded again, its states are others")
-        gemb_difference = _difference(_own_states(adapted, ids), states)
-        _check(gemb_difference, _OTHER_ORDER, "gemb's own encoder gives other states")
+            saved_difference = difference_of(states_of(load_encoder(Path(again)), ids), states)
+        check_difference(saved_difference, 0.0, "saved and loaded again, its states are others")
+        gemb_difference = difference_of(_own_states(adapted, ids), states)
+        check_difference(gemb_difference, OTHER_ORDER, "gemb's own encoder gives other states")
     with quiet():
-        measured = _measure(model, reaches)
+        measured = measured_reaches(model, reaches)
     return Proofs(
         source_difference,
         class_difference,
@@ -122,14 +134,15 @@ def prove(
     )
 
 
-def _ids(entries: int, length: int) -> Tensor:
+def probe_ids(entries: int, length: int) -> Tensor:
     """int64[1, length], from the upper half of the vocabulary, away from special tokens; no two the same."""
     random = np.random.default_rng(5)
     upper = entries // 2 + random.permutation(entries - entries // 2)
     return torch.from_numpy(np.resize(upper, length).astype(np.int64))[None]
 
 
-def _load(folder: Path, **options: Any) -> Any:  # noqa: ANN401  # transformers is untyped here
+def load_encoder(folder: Path, **options: Any) -> Any:  # noqa: ANN401  # transformers is untyped here
+    """The model of `folder` as AutoModel gives it, in fp32; without gradients and not in training."""
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(
@@ -138,9 +151,9 @@ def _load(folder: Path, **options: Any) -> Any:  # noqa: ANN401  # transformers 
     return model.eval().requires_grad_(False)
 
 
-def _source_model(source: ModelFolder, keep_layers: Sequence[int]) -> Any:  # noqa: ANN401
+def source_model(source: ModelFolder, keep_layers: Sequence[int]) -> Any:  # noqa: ANN401
     """The source's text model as transformers loads it, without the layers that are left out."""
-    model = _load(source.transformer.folder)
+    model = load_encoder(source.transformer.folder)
     model = getattr(model, "language_model", model)
     if keep_layers:
         model.layers = nn.ModuleList(model.layers[layer] for layer in keep_layers)
@@ -173,7 +186,7 @@ def _is_unjoined(weights: Weights, kind: str) -> bool:
     return not any(f"{whole}." in name for whole in FAMILIES[kind].joins for name in weights)
 
 
-def _states(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:  # noqa: ANN401
+def states_of(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:  # noqa: ANN401
     """int64 ids[B, L] -> fp32 states[B, L, D]."""
     model.config.use_cache = False  # of keys and values, which a decoder would keep for its next token
     states: Tensor = model(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -188,12 +201,13 @@ def _own_states(folder: ModelFolder, ids: Tensor) -> Tensor:
     return encoder.states(ids[0].numpy().astype(np.int32), np.array([ids.shape[1]], dtype=np.int32))[None]
 
 
-def _difference(states: Tensor, expected: Tensor) -> float:
+def difference_of(states: Tensor, expected: Tensor) -> float:
     """The largest difference as a share of the largest state."""
     return float((states - expected).abs().max() / expected.abs().max())
 
 
-def _check(difference: float, limit: float, what: str) -> None:
+def check_difference(difference: float, limit: float, what: str) -> None:
+    """Raises GateError with `what` unless `difference` is at most `limit`."""
     if not difference <= limit:  # NaN fails, too
         raise GateError(f"{what} (off by {difference:.1e} of the largest)")
 
@@ -201,11 +215,12 @@ def _check(difference: float, limit: float, what: str) -> None:
 # --- who sees whom
 
 
-def _implementations(
-    folder: Path, ids: Tensor, reaches: Sequence[Reach] | None, *, causal: bool
+def seen_by_implementation(
+    load: Load, ids: Tensor, reaches: Sequence[Reach] | None, *, causal: bool
 ) -> tuple[dict[str, str], float]:
     """What each implementation of attention does, and the largest difference that padding makes.
 
+    `load` gives the model for an `attn_implementation`, or for none.
     Asked of one text without a mask, under a mask of ones, and padded on either side: an encoder that is only
     bidirectional where there is a mask has been seen (LLM2Vec, issue 74).
     """
@@ -220,25 +235,23 @@ def _implementations(
     expected: Tensor | None = None
     for implementation in (None, *IMPLEMENTATIONS):
         try:
-            model = _load(
-                folder, **({} if implementation is None else {"attn_implementation": implementation})
-            )
+            model = load(**({} if implementation is None else {"attn_implementation": implementation}))
         except ValueError as error:
             seen[str(implementation)] = f"not offered: {str(error).partition('.')[0]}"
             continue
         name = f"default ({model.config._attn_implementation})" if implementation is None else implementation
         ways = set()
-        alone = _states(model, ids)
+        alone = states_of(model, ids)
         expected = alone if expected is None else expected
-        largest = max(largest, _difference(alone, expected))
+        largest = max(largest, difference_of(alone, expected))
         for mask in (None, torch.ones_like(ids)):
-            ways.add(bool((_states(model, changed, mask)[0, 0] != _states(model, ids, mask)[0, 0]).any()))
+            ways.add(bool((states_of(model, changed, mask)[0, 0] != states_of(model, ids, mask)[0, 0]).any()))
         for side in ("left", "right"):
-            padded, mask, place = _padded(ids, side)
-            first = _states(model, padded, mask)[:1, place]
-            second = _states(model, _padded(changed, side)[0], mask)[:1, place]
+            padded, mask, place = padded_beside(ids, side)
+            first = states_of(model, padded, mask)[:1, place]
+            second = states_of(model, padded_beside(changed, side)[0], mask)[:1, place]
             ways.add(bool((first[0, 0] != second[0, 0]).any()))
-            largest = max(largest, _difference(first, expected))
+            largest = max(largest, difference_of(first, expected))
         seen[name] = {frozenset({True}): "bidirectional", frozenset({False}): "causal"}.get(
             frozenset(ways), "bidirectional in some batches and causal in others"
         )
@@ -248,11 +261,11 @@ def _implementations(
                 f"with the attention {name} transformers computes {seen[name]}, not {wanted} "
                 "(seen in the first state when the last token is changed)"
             )
-    _check(largest, _OTHER_ORDER, "padding or the implementation of attention changes its states")
+    check_difference(largest, OTHER_ORDER, "padding or the implementation of attention changes its states")
     return seen, largest
 
 
-def _padded(ids: Tensor, side: str) -> tuple[Tensor, Tensor, slice]:
+def padded_beside(ids: Tensor, side: str) -> tuple[Tensor, Tensor, slice]:
     """ids[1, L] beside a text of L + 4 tokens, the mask, and where the text is: [2, L + 4]."""
     length = ids.shape[1]
     neighbour = ids[0, :1].repeat(length + 4)[None]
@@ -267,13 +280,18 @@ def _padded(ids: Tensor, side: str) -> tuple[Tensor, Tensor, slice]:
 # --- how far a layer sees
 
 
-def _measure(model: Any, reaches: Sequence[Reach] | None) -> tuple[str, ...]:  # noqa: ANN401
+def measured_reaches(
+    model: Any,  # noqa: ANN401  # transformers is untyped here
+    reaches: Sequence[Reach] | None,
+    run: Run = lambda model, ids: states_of(model, ids),
+) -> tuple[str, ...]:
     """How far each layer sees, measured: where the gradient of its first and last output is not zero.
 
+    `run` sends ids through the model, each of whose `layers` has to be called once.
     Raises GateError where that is not what config.json says.
     """
     sides = [side for reach in reaches or () for side in (reach.left, reach.right) if side]
-    length = max([*sides, _TOKENS]) + 3
+    length = max([*sides, TOKENS]) + 3
     if length > LONGEST_TOKENS:
         length = LONGEST_TOKENS
     calls: list[tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]] = []
@@ -284,7 +302,7 @@ def _measure(model: Any, reaches: Sequence[Reach] | None) -> tuple[str, ...]:  #
         for layer in model.layers
     ]
     with torch.no_grad():
-        _states(model, _ids(int(model.config.vocab_size), length))
+        run(model, probe_ids(int(model.config.vocab_size), length))
     for hook in hooks:
         hook.remove()
     shown: list[str] = []
