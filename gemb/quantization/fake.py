@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from gemb.quantization.grids import Grid, Quantised
 
@@ -26,18 +25,6 @@ def fake_quantise(weight: Tensor, grid: Grid) -> Tensor:
     """
     snapped: Tensor = _StraightThrough.apply(weight, grid)  # type: ignore[no-untyped-call]
     return snapped
-
-
-def fake_embedding(ids: Tensor, table: Tensor, grid: Grid) -> Tensor:
-    """[..., D], the rows `ids`[...] of `table`[V, D] after the table has been through `grid`.
-
-    Only rows that are looked up are quantised. A scale never spans two rows, so that is the same to the bit
-    as quantising the whole table (262,144 rows in Gemma) first. A model's own factor, such as Gemma's
-    sqrt(D), comes after it.
-
-    Raises ValueError if rows of that width cannot be stored on `grid`.
-    """
-    return fake_quantise(embedding(ids, table), grid)
 
 
 class _StraightThrough(torch.autograd.Function):

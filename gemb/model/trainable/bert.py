@@ -14,6 +14,7 @@ from gemb.model.layout import Layout
 from gemb.model.trainable.blocks import Attention, Computation, FeedForward, fuse_layer, run_layers
 from gemb.model.trainable.functions import AttentionSettings, embedded
 from gemb.model.trainable.parameters import ParameterTree, Tensors
+from gemb.model.trainable.quantised import looked_up
 
 _BERT = {
     "layers": "encoder.layer.",
@@ -103,7 +104,7 @@ class BertBackbone:
 
     def forward(self, ids: Tensor, layout: Layout, computation: Computation) -> Tensor:
         """int64 ids[T] of packed texts -> states[T, D]."""
-        x = embedded(self.table.matrix, ids, is_sparse=computation.sparse_table)
+        x = looked_up(self.table, ids, is_sparse=computation.sparse_table)
         x = x + embedded(self.positions.matrix, self._positions_of(ids, layout), is_sparse=False)
         if self.types is not None:
             x = x + self.types.matrix[0]  # texts stand alone: all tokens are of the first type

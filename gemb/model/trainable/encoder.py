@@ -18,7 +18,9 @@ from gemb.model.trainable import bert, gated
 from gemb.model.trainable.blocks import Computation, Recompute, TrainableBackbone
 from gemb.model.trainable.parameters import ParameterTree, Tensors
 from gemb.model.trainable.pooling import pool
+from gemb.model.trainable.quantised import FakeQuantisation
 from gemb.model.trainable.saving import SavedDtype, save_folder
+from gemb.quantization.roles import WeightFormat
 
 Precision = Literal["fp32", "bf16"]
 Step = Callable[[Tensor], Tensor]
@@ -116,6 +118,14 @@ class TrainableEncoder(nn.Module):
         for step in self._steps:
             vectors = step(vectors)
         return vectors[torch.from_numpy(np.argsort(order)).to(device)]
+
+    def quantisation(self, weight_format: WeightFormat) -> FakeQuantisation:
+        """What lets the model compute with its weights as an export in `weight_format` has them.
+
+        Raises MismatchError if the format cannot hold them.
+        """
+        layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, Tensors)}
+        return FakeQuantisation(layers, self._backbone.table, weight_format, self._backbone.fuse)
 
     def save(self, target: Path, *, dtype: SavedDtype = "float32") -> None:
         """A whole folder at `target`: that of `folder` with the weights as they are now.

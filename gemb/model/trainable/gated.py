@@ -23,8 +23,9 @@ from gemb.model.trainable.blocks import (
     fuse_layer,
     run_layers,
 )
-from gemb.model.trainable.functions import AttentionSettings, Norm, embedded, norm_rows
+from gemb.model.trainable.functions import AttentionSettings, Norm, norm_rows
 from gemb.model.trainable.parameters import ParameterTree, Tensors
+from gemb.model.trainable.quantised import looked_up
 
 RotaryOf = Callable[[str, int], Rotary]
 """Rotary positions by layer type and channels of a head."""
@@ -69,7 +70,7 @@ class GatedBackbone:
 
     def forward(self, ids: Tensor, layout: Layout, computation: Computation) -> Tensor:
         """int64 ids[T] of packed texts -> states[T, D] after the final norm."""
-        x = embedded(self.table.matrix, ids, self.embedding_scale, is_sparse=computation.sparse_table)
+        x = looked_up(self.table, ids, self.embedding_scale, is_sparse=computation.sparse_table)
         if self.embedding_gain is not None:
             x = self._normed(x, self.embedding_gain)
         x = run_layers(self.layers, computation.drop(x), layout, computation)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from gemb.errors import MismatchError
+from gemb.model.trainable.functions import stacked
 from gemb.model.weights import DTYPE_NAMES, Weights
+from gemb.quantization.grids import Grid
 
 
 class Tensors(nn.Module):
@@ -21,12 +23,23 @@ class Tensors(nn.Module):
 
     names: tuple[str, str] = ("weight", "bias")
     """What the file calls them."""
+    stand_in: Tensor | None = None
+    """What is computed with in place of the weight, while that is quantised."""
+    grid: Grid | None = None
+    """The grid that rows are snapped to when they are looked up in this table, while that is quantised."""
 
     @property
     def matrix(self) -> Tensor:
         """The weight as it stands now."""
+        if self.stand_in is not None:
+            return self.stand_in
         weight: Tensor = getattr(self, self.names[0])
         return weight
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether this is a layer, and not only the way to others."""
+        return hasattr(self, self.names[0])
 
     @property
     def shift(self) -> Tensor | None:
@@ -88,10 +101,12 @@ def lay_together(layers: Sequence[Tensors]) -> None:
     Each stays a parameter of its own; all together are then one matrix without a copy.
     """
     for place in (0, 1):
-        parts = [layer._parameters.get(layer.names[place]) for layer in layers]
+        parts: list[Tensor | None] = [layer._parameters.get(layer.names[place]) for layer in layers]
+        if place == 0 and all(layer.stand_in is not None for layer in layers):
+            parts = [layer.stand_in for layer in layers]
         present = [part for part in parts if part is not None]
         if len(present) < len(layers) or len(layers) < 2:
             continue
-        whole = torch.cat([part.detach() for part in present])
+        whole = stacked([part.detach() for part in present])
         for part, piece in zip(present, torch.split(whole, [len(part) for part in present]), strict=True):
             part.data = piece
