@@ -3,7 +3,7 @@
 B examples, R texts (rows), T packed tokens, N hard negatives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,3 +41,18 @@ class TrainingBatch:
     """[B], of scored pairs, as in the file; else None."""
     texts: Sequence[str] | None
     """[R], the texts without prompt, titles joined before them, where the mixture was asked for them."""
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return len(self.ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return int(self.lengths.max())
+
+    @property
+    def measures(self) -> Mapping[str, object]:
+        """What metrics.jsonl says of the batch."""
+        return {"negatives_per_query": self.pairs - 1, "hard_negatives": len(self.owner)}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -40,6 +40,19 @@ class PackedEncoder(Protocol):
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Mapping[str, float]]]
 """(loss, its terms by name) of the vectors [R, D] of a batch."""
+
+
+class LossOfVectors(Protocol):
+    """A loss that looks at the vectors of a whole batch."""
+
+    def of(self, batch: TrainingBatch) -> LossFunction:
+        """The loss of this batch."""
+        ...
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """Those of the loss itself."""
+        ...
 
 
 class Stopped(Exception):  # no error: the step was left because someone asked for it
@@ -149,6 +162,37 @@ def batch_gradients(
     for parameter, value in zip(loss_parameters, of_the_loss, strict=False):
         parameter.grad = value if parameter.grad is None else parameter.grad + value
     return Gradients(float(loss.detach()), terms, twice)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingGradients:
+    """Gradients of a loss of vectors, for the loop: `batch_gradients` with the parts that stay the same."""
+
+    encoder: PackedEncoder
+    parameters: Sequence[nn.Parameter]
+    loss: LossOfVectors
+    device: str = "cpu"
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def __call__(self, batch: TrainingBatch, step: int) -> Callable[[MemoryPlan, threading.Event], Gradients]:
+        """The computation of a batch; every step does the same."""
+        del step
+        loss_of = self.loss.of(batch)
+
+        def compute(plan: MemoryPlan, stop: threading.Event) -> Gradients:
+            return batch_gradients(
+                self.encoder,
+                self.parameters,
+                batch,
+                loss_of,
+                plan,
+                loss_parameters=self.loss.parameters,
+                device=self.device,
+                ranks=self.ranks,
+                stop=stop,
+            )
+
+        return compute
 
 
 def graph_bytes(

@@ -11,26 +11,24 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from gemb.device import release_cache
 from gemb.errors import MachineError
-from gemb.training.batches import TrainingBatch
 from gemb.training.checkpoints import Checkpoints, flatten_state, restore_state
-from gemb.training.gradients import Gradients, MemoryPlan, PackedEncoder, Stopped, batch_gradients
+from gemb.training.gradients import Gradients, MemoryPlan, Stopped
 from gemb.training.metrics import Metrics
 from gemb.training.random_numbers import RandomState
 from gemb.training.ranks import Ranks
-from gemb.training.terms import Loss
 
 MOST_BAD_STEPS = 3
 """Steps in a row whose loss or gradient is not finite, after which a run is given up."""
 
 
-class Encoder(PackedEncoder, Protocol):
-    """A trainable model: what the loop asks of it besides vectors."""
+class Trainable(Protocol):
+    """A model: what the loop asks of it. How its gradients come about is not the loop's business."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All of them, trained or not."""
@@ -83,7 +81,43 @@ class Average(Protocol):
         ...
 
 
-class Batches(Protocol):
+class Batch(Protocol):
+    """The examples of one step: what the loop asks of them."""
+
+    @property
+    def dataset(self) -> str:
+        """The name of the data set that they are from."""
+        ...
+
+    @property
+    def pairs(self) -> int:
+        """How many examples there are."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all of them."""
+        ...
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text, which has to fit the memory by itself."""
+        ...
+
+    @property
+    def measures(self) -> Mapping[str, object]:
+        """What metrics.jsonl says of the batch besides."""
+        ...
+
+
+B = TypeVar("B", bound=Batch)
+BatchCo = TypeVar("BatchCo", bound=Batch, covariant=True)
+
+Computation = Callable[[MemoryPlan, threading.Event], Gradients]
+"""Adds the gradients of one batch to the parameters, within a plan; raises as `batch_gradients` does."""
+
+
+class Batches(Protocol[BatchCo]):
     """The stream of batches; `position` is the place after the last one given, as JSON values."""
 
     @property
@@ -91,7 +125,7 @@ class Batches(Protocol):
         """The place after the last batch given."""
         ...
 
-    def __iter__(self) -> Iterator[TrainingBatch]:
+    def __iter__(self) -> Iterator[BatchCo]:
         """The batches from the place on that the stream was opened at."""
         ...
 
@@ -118,6 +152,7 @@ class Progress:
     tokens: int = 0
     """Of all batches so far."""
     pairs: int = 0
+    """Examples of all batches so far."""
     seconds: float = 0.0
     """Spent in steps, by all runs of the command."""
     bad_in_row: int = 0
@@ -160,19 +195,21 @@ class Hooks:
 
 
 @dataclass(slots=True)
-class Training:
+class Training(Generic[B]):
     """A run: its parts, and where it is.
 
-    `rate` gives the learning rate's share of its largest at a share of the run. `clip` cuts the gradients of
-    the parameters to its norm and gives the norm before.
+    `learn` gives the computation of a batch's gradients at a step; what is asked of others for it, such as a
+    teacher's vectors, is asked once, and the computation may be done again. `rate` gives the learning rate's
+    share of its largest at a share of the run. `clip` cuts the gradients of the parameters to its norm and
+    gives the norm before.
     """
 
-    encoder: Encoder
+    model: Trainable
     parameters: Sequence[nn.Parameter]
     """Those that are trained."""
     optimizer: Optimizer
-    loss: Loss
-    batches: Batches
+    learn: Callable[[B, int], Computation]
+    batches: Batches[B]
     length: Length
     rate: Callable[[float], float]
     clip: Callable[[Sequence[nn.Parameter]], float]
@@ -193,7 +230,7 @@ class Training:
         Raises MachineError after three bad steps in a row, or where one text does not fit the memory; the
         last checkpoint then holds the last good state.
         """
-        self.encoder.train()
+        self.model.train()
         batches = iter(self.batches)
         while self.length.share(self.progress.step, self.progress.tokens) < 1.0:
             if self.ranks.any(stop.is_set()):
@@ -204,7 +241,7 @@ class Training:
                 break
             # In the middle of the step: the first step of a warm-up does something, and so does the last one.
             rate = self.rate(
-                self.length.share(self.progress.step + 0.5, self.progress.tokens + len(batch.ids) / 2)
+                self.length.share(self.progress.step + 0.5, self.progress.tokens + batch.tokens / 2)
             )
             for group in self.optimizer.param_groups:
                 # The largest rate is kept in the group, as torch's schedulers do, and so in the checkpoints.
@@ -218,7 +255,7 @@ class Training:
         self.save()
         return True
 
-    def _step(self, batch: TrainingBatch, stop: threading.Event) -> None:
+    def _step(self, batch: B, stop: threading.Event) -> None:
         """One optimizer step; Stopped leaves everything as it was before."""
         began = time.monotonic()
         found = self._gradients(batch, stop)
@@ -232,13 +269,13 @@ class Training:
         self._clear()
         seconds = time.monotonic() - began
         progress.step += 1
-        progress.tokens += len(batch.ids)
+        progress.tokens += batch.tokens
         progress.pairs += batch.pairs
         progress.seconds += seconds
         progress.position = self.batches.position
         progress.bad_in_row = progress.bad_in_row + 1 if is_bad else 0
         progress.bad_steps += is_bad
-        speed = len(batch.ids) / max(seconds, 1e-9)
+        speed = batch.tokens / max(seconds, 1e-9)
         if self.metrics is not None:
             self.metrics.write({
                 "step": progress.step,
@@ -249,8 +286,7 @@ class Training:
                 "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
                 "tokens": progress.tokens,
                 "tokens_per_second": round(speed, 1),
-                "negatives_per_query": batch.pairs - 1,
-                "hard_negatives": len(batch.owner),
+                **batch.measures,
                 **({"encoded_twice": True} if found.encoded_twice else {}),
                 **({"skipped": True} if is_bad else {}),
             })  # fmt: skip
@@ -259,24 +295,13 @@ class Training:
         if is_bad:
             self._bad_step(batch, found.loss, norm)
 
-    def _gradients(self, batch: TrainingBatch, stop: threading.Event) -> Gradients:
+    def _gradients(self, batch: B, stop: threading.Event) -> Gradients:
         """The gradients of a batch, with smaller chunks each time the memory runs out."""
         before = RandomState.of(self.device)
-        loss_of = self.loss.of(batch)
-        longest = int(batch.lengths.max())
+        compute = self.learn(batch, self.progress.step)
         while True:
             try:
-                return batch_gradients(
-                    self.encoder,
-                    self.parameters,
-                    batch,
-                    loss_of,
-                    self.progress.plan,
-                    loss_parameters=self.loss.parameters,
-                    device=self.device,
-                    ranks=self.ranks,
-                    stop=stop,
-                )
+                return compute(self.progress.plan, stop)
             except Stopped:
                 self._clear()
                 before.restore()
@@ -286,9 +311,9 @@ class Training:
                 before.restore()
                 release_cache(self.device)
                 plan = self.progress.plan
-                if plan.tokens_per_chunk <= longest:
+                if plan.tokens_per_chunk <= batch.longest:
                     raise MachineError(
-                        f"out of memory at one text of {longest:,} tokens on {self.device}; "
+                        f"out of memory at one text of {batch.longest:,} tokens on {self.device}; "
                         "lower max_tokens, or choose a smaller model"
                     ) from error
                 self.progress.plan = replace(plan.halved())
@@ -297,7 +322,7 @@ class Training:
                     f"now {self.progress.plan.tokens_per_chunk:,}"
                 )
 
-    def _bad_step(self, batch: TrainingBatch, loss: float, norm: float) -> None:
+    def _bad_step(self, batch: B, loss: float, norm: float) -> None:
         """Tell of a step that changed nothing, or give up."""
         progress = self.progress
         what = f"loss {loss:g}" if not math.isfinite(loss) else f"gradient norm {norm:g}"
@@ -329,7 +354,7 @@ class Training:
         if score is not None and (best is None or score > best):
             self.progress.best_score, self.progress.best_step = score, self.progress.step
             self.save()
-        self.encoder.train()
+        self.model.train()
 
     def save(self) -> None:
         """Write a checkpoint of the state now, on the first rank."""
@@ -338,7 +363,7 @@ class Training:
                 self.metrics.sync()
             tensors, layout = flatten_state(self.optimizer.state_dict())
             files = {
-                "weights": self.encoder.state_dict(),
+                "weights": self.model.state_dict(),
                 "optimizer": tensors,
                 "random": RandomState.of(self.device).tensors(),
             }
@@ -355,7 +380,7 @@ class Training:
         The progress is that of the caller, who opens the data and the metrics where it says.
         """
         state = self.checkpoints.state(step)
-        self.encoder.load_state_dict(self.checkpoints.tensors(step, "weights"))
+        self.model.load_state_dict(self.checkpoints.tensors(step, "weights"))
         tensors = self.checkpoints.tensors(step, "optimizer")
         self.optimizer.load_state_dict(restore_state(tensors, state["optimizer"]))
         if self.average is not None:
@@ -376,13 +401,15 @@ def total_parameters(parameters: Iterable[nn.Parameter]) -> int:
 __all__ = [
     "MOST_BAD_STEPS",
     "Average",
+    "Batch",
     "Batches",
-    "Encoder",
+    "Computation",
     "Hooks",
     "Length",
     "Optimizer",
     "Progress",
     "StepReport",
+    "Trainable",
     "Training",
     "total_parameters",
 ]

@@ -219,26 +219,13 @@ class CheckpointSettings(Recipe):
     """Leave the checkpoints in OUTPUT/run when the run is done."""
 
 
-class TrainRecipe(ComputeRecipe):
-    """What `gemb train` is asked to do."""
+class RunRecipe(ComputeRecipe):
+    """What all recipes of `gemb train` have in common, whatever is learned."""
 
     kind: ClassVar[str] = "train"
 
     output: RecipePath | None = None
     """The folder of the finished model; until then OUTPUT.partial holds the run."""
-    data: tuple[DataSet, ...] = ()
-    """The data sets; a path `docstrings` is made on the spot from the Python standard library."""
-    mixture: MixtureSettings = MixtureSettings()
-    """How the batches of several data sets are mixed."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Longest text in tokens, prompt and special tokens counted; by default what the model declares, and at
-    most 512."""
-    batch: BatchSettings = BatchSettings()
-    """How many examples make a step."""
-    losses: tuple[AnyTerm, ...] = (ContrastiveTerm(name="contrastive"),)
-    """The terms of the loss, added up; each is logged apart."""
-    matryoshka: MatryoshkaSettings = MatryoshkaSettings()
-    """Widths to which the vectors may be cut later."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """How the weights are changed."""
     schedule: ScheduleSettings = ScheduleSettings()
@@ -255,8 +242,6 @@ class TrainRecipe(ComputeRecipe):
     """Parameters that stay as they are, by patterns of their names such as `*embed_tokens*`."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of the exponential average of the weights, which then becomes the model; such as 0.999."""
-    evaluation: EvaluationSettings = EvaluationSettings()
-    """What is measured before, during and after."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     """When the state is saved."""
     seed: int = Field(default=42, ge=0, lt=2**63)
@@ -269,12 +254,36 @@ class TrainRecipe(ComputeRecipe):
     """Seconds to wait while another run holds the output."""
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_length(self) -> Self:
         lengths = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
         if len(lengths) > 1:
             raise ValueError(
                 f"{' and '.join(lengths)} are both given; set one to null, as a run has one length"
             )
+        return self
+
+
+class TrainRecipe(RunRecipe):
+    """What `gemb train` is asked to do with pairs of texts."""
+
+    data: tuple[DataSet, ...] = ()
+    """The data sets; a path `docstrings` is made on the spot from the Python standard library."""
+    mixture: MixtureSettings = MixtureSettings()
+    """How the batches of several data sets are mixed."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Longest text in tokens, prompt and special tokens counted; by default what the model declares, and at
+    most 512."""
+    batch: BatchSettings = BatchSettings()
+    """How many examples make a step."""
+    losses: tuple[AnyTerm, ...] = (ContrastiveTerm(name="contrastive"),)
+    """The terms of the loss, added up; each is logged apart."""
+    matryoshka: MatryoshkaSettings = MatryoshkaSettings()
+    """Widths to which the vectors may be cut later."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """What is measured before, during and after."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.data:
             check_shares(self.data, self.mixture)
         names = [term.name for term in self.losses]

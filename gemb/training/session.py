@@ -1,205 +1,95 @@
-"""One run of `gemb train`: the parts put together, trained, and finished as a model folder."""
+"""One run of `gemb train` on pairs of texts: gemb.training.run_session with the parts for that."""
 
 from __future__ import annotations
 
-import fnmatch
-import threading
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemb.device import free_memory_bytes
-from gemb.errors import GembError
 from gemb.files import read_json, write_json
 from gemb.model.trainable import TrainableEncoder
 from gemb.report import Report
 from gemb.training.batches import TrainingBatch
-from gemb.training.checkpoints import Checkpoints
-from gemb.training.gradients import MemoryPlan, graph_bytes, plan_memory
+from gemb.training.gradients import EmbeddingGradients, MemoryPlan, graph_bytes, plan_memory
 from gemb.training.held_out import Measured
-from gemb.training.loop import Hooks, Progress, StepReport, Training, total_parameters
-from gemb.training.metrics import Metrics, tensorboard
-from gemb.training.optimizers import MovingAverage, clip_gradients, make_optimizer
-from gemb.training.random_numbers import seeded
+from gemb.training.loop import Batches, Computation, total_parameters
 from gemb.training.recipe import MatchingTerm
 from gemb.training.record import make_report, record_of
-from gemb.training.schedules import schedule
-from gemb.training.setup import evaluated
+from gemb.training.run_session import (
+    STATE_BYTES,
+    NamedParameters,
+    RunSession,
+    as_json,
+    from_json,
+    trained_parameters,
+)
+from gemb.training.setup import Setup, evaluated
 from gemb.training.teaching import new_projection
 from gemb.training.terms import Loss
-from gemb.training.verdict import Verdict, compare
+from gemb.training.verdict import Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from gemb.training.setup import Setup
     from gemb.training.watch import Watch
+
+__all__ = ["MemoryPlanner", "Session", "load_encoder", "make_loss", "trained_parameters"]
 
 _USUAL_CHUNK = {"cpu": 4096}
 _USUAL_CHUNK_ELSEWHERE = 32768
 _UNKNOWN_MEMORY = 4 * 2**30  # where nobody can tell what is free
 _MEMORY_SHARE = 0.5
 """Of the free memory, for the graphs of a batch; the rest is for gradients, optimizer and the loss."""
-_MOST_STEPS_BETWEEN_CHECKPOINTS = 1000
-_STATE_BYTES = 12  # a parameter's gradient and two moments, fp32
 
 
-class Session:
-    """The training of a `Setup`; `open`, then `train`, then `finish`, and `close` however it ended."""
+class Session(RunSession[Setup, TrainableEncoder, TrainingBatch]):
+    """The training of a `Setup`."""
+
+    _loss: Loss
 
     def __init__(self, setup: Setup, watch: Watch) -> None:
-        self.setup = setup
-        self.encoder = load_encoder(setup)
-        self.average: MovingAverage | None = None
-        self.training: Training
-        self.baseline: Measured | None = None
+        super().__init__(setup, watch)
         self.teacher: Measured | None = None
         """What the teacher of a distillation reaches itself."""
-        self._watch = watch
-        self._opened = ExitStack()
-        self._tokens_before = 0
-        self._first_loss: float | None = None
-        self._last_loss: float | None = None
 
-    def close(self) -> None:
-        """Close the metrics, and give the caller its random numbers back."""
-        self._opened.close()
+    def _load(self) -> TrainableEncoder:
+        encoder = load_encoder(self.setup)
+        self._loss = make_loss(self.setup, encoder)
+        return encoder
 
-    def open(self) -> None:
-        """Put the parts together, go back to the last checkpoint, and measure what was not measured yet."""
-        setup, recipe = self.setup, self.setup.recipe
-        loss = make_loss(setup, self.encoder)
-        named = trained_parameters(self.encoder, recipe.freeze)
-        for member in setup.mixture.members:
+    def _table_name(self) -> str:
+        return self.model.table_name
+
+    def _learn(self, named: NamedParameters) -> Callable[[TrainingBatch, int], Computation]:
+        loss = self._loss
+        for member in self.setup.mixture.members:
             loss.check_kind(member.name, "scored" if member.prepared.shape == "scored" else "pairs")
-        checkpoints = Checkpoints(setup.folder.checkpoints, keep=recipe.checkpoint.keep)
-        steps = checkpoints.steps()
-        progress = (
-            Progress.from_json(checkpoints.state(steps[-1])) if steps else Progress(self._memory_plan())
-        )
-        optimizer = recipe.optimizer
-        if recipe.ema is not None:
-            self.average = MovingAverage(named, recipe.ema)
-        metrics = None
-        if setup.ranks.is_first:
-            also = tensorboard(setup.folder.tensorboard) if recipe.tensorboard else None
-            metrics = self._opened.enter_context(Metrics(setup.folder.metrics, progress.metrics_bytes, also))
-        self.training = Training(
-            encoder=self.encoder,
-            parameters=[parameter for _, parameter in named],
-            optimizer=make_optimizer(
-                named,
-                optimizer.name,
-                learning_rate=optimizer.learning_rate,
-                weight_decay=optimizer.weight_decay,
-                betas=(optimizer.beta1, optimizer.beta2),
-                epsilon=optimizer.epsilon,
-                tables=(self.encoder.table_name,),
-            ),
-            loss=loss,
-            batches=setup.mixture,
-            length=setup.length,
-            rate=schedule(recipe.schedule.name, warmup=recipe.schedule.warmup, floor=recipe.schedule.floor),
-            clip=lambda parameters: clip_gradients(parameters, optimizer.clip_norm),
-            checkpoints=checkpoints,
-            metrics=metrics,
-            progress=progress,
-            average=self.average,
-            device=setup.device.name,
-            ranks=setup.ranks,
-            evaluate_every=recipe.evaluation.every if evaluated(recipe) else None,
-            checkpoint_every=self._checkpoint_every(),
-            hooks=Hooks(
-                on_step=self._on_step,
-                note=self._watch.note,
-                evaluate=self._evaluate,
-                on_checkpoint=lambda progress: self._draw(),
-            ),
-        )
-        self._tokens_before = progress.tokens
-        self._watch.total_steps = setup.total_steps
-        # Before the checkpoint is put back: the weights are those of the first model still.
-        self.baseline = self._baseline()
-        self._meet_teacher()
-        self._opened.enter_context(seeded(recipe.seed, setup.device.name))
-        if steps:
-            self.training.restore(steps[-1])
-            self._watch.note(f"going on at step {steps[-1]:,}")
-        self._watch.note(self._negatives())
+        parameters = [parameter for _, parameter in named]
+        return EmbeddingGradients(self.model, parameters, loss, self.setup.device.name, self.setup.ranks)
 
-    def train(self, stop: threading.Event) -> bool:
-        """Train to the end; False where `stop` was set, and the state is saved."""
-        return self.training.run(stop)
+    def _batches(self) -> Batches[TrainingBatch]:
+        return self.setup.mixture
 
-    def finish(self, seconds: float) -> Report:
-        """Choose the weights, measure them, and put the model folder in place; gives the report."""
-        setup, training = self.setup, self.training
-        with self._result_weights():
-            final = self._measure()
-            verdicts = _verdicts(self.baseline, final)
-            if final is not None:
-                self._log(final)
-                write_json(setup.folder.run / "final.json", _as_json(final))
-            if not setup.ranks.is_first:
-                setup.ranks.wait()
-                return Report(title="trained")
-            self._draw(verdicts)
-            losses = (self._first_loss, self._last_loss)
-            means = {
-                when: one.means()
-                for when, one in (("before", self.baseline), ("after", final), ("teacher", self.teacher))
-                if one is not None
-            }
-            record = record_of(setup, training.progress, verdicts, means, losses, seconds)
-            setup.folder.finish(
-                lambda target: self._save(target, record),
-                record,
-                keep_checkpoints=setup.recipe.checkpoint.keep_after,
-            )
-        setup.ranks.wait()
-        return make_report(setup, record)
+    def _plan_memory(self) -> MemoryPlan:
+        return MemoryPlanner(self.setup, self.model).plan()
 
-    def _save(self, target: Path, record: Mapping[str, Any]) -> None:
-        from gemb.training.card import declare, write_card
+    def _evaluate_every(self) -> int | None:
+        recipe = self.setup.recipe
+        return recipe.evaluation.every if evaluated(recipe) else None
 
-        self.encoder.save(target)
-        declare(target, self.setup.recipe, self.setup.sizes)
-        write_card(target, self.setup.recipe, record)
+    def _evaluates(self) -> bool:
+        return self.setup.evaluation is not None
 
-    @contextmanager
-    def _result_weights(self) -> Iterator[None]:
-        """The model has the weights of the result within the block."""
-        training = self.training
-        best = training.progress.best_step
-        if self.setup.recipe.checkpoint.result == "best" and best is not None:
-            training.restore(best)
-        with self.average.applied() if self.average is not None else nullcontext():
-            yield
+    def _measured(self) -> Measured:
+        if self.setup.evaluation is None:
+            raise ValueError("nothing is evaluated")
+        chunk = self.training.progress.plan.tokens_per_chunk
+        return self.setup.evaluation.measure(self.model, self.setup.device.name, chunk)
 
-    def _memory_plan(self) -> MemoryPlan:
-        """How batches are cut: found once a run, since the last digits of the weights depend on it."""
-        file = self.setup.folder.memory
-        if file.is_file():
-            return MemoryPlan(**read_json(file))
-        plan = MemoryPlanner(self.setup, self.encoder).plan()
-        if self.setup.ranks.is_first:
-            write_json(file, plan)
-        return plan
-
-    def _checkpoint_every(self) -> int:
-        wanted = self.setup.recipe.checkpoint.every
-        if wanted is not None:
-            return wanted
-        steps = self.setup.total_steps or 10 * _MOST_STEPS_BETWEEN_CHECKPOINTS
-        return max(1, min(_MOST_STEPS_BETWEEN_CHECKPOINTS, steps // 10))
-
-    def _negatives(self) -> str:
+    def _about(self) -> str:
         """How many negatives a query sees."""
         members = self.setup.mixture.members
         pairs = sorted({member.pairs for member in members})
@@ -209,28 +99,7 @@ class Session:
         more = f" and up to {own} hard negatives of its own" if own else ""
         return f"each query has {shown} in-batch negatives{more}"
 
-    def _on_step(self, report: StepReport) -> None:
-        if self._first_loss is None:
-            self._first_loss = report.loss
-        self._last_loss = report.loss
-        self._watch.step(report.progress.step, report.progress.tokens - self._tokens_before, report.loss)
-
-    def _baseline(self) -> Measured | None:
-        """The scores of the first model, measured once a run."""
-        file = self.setup.folder.baseline
-        if not self.setup.ranks.is_first or self.setup.evaluation is None:
-            return None
-        if file.is_file():
-            return _from_json(read_json(file))
-        measured = self._measure()
-        if measured is not None:
-            write_json(file, _as_json(measured))
-            if self.training.metrics is not None:
-                self._log(measured)
-                self.training.progress.metrics_bytes = self.training.metrics.position
-        return measured
-
-    def _meet_teacher(self) -> None:
+    def _before_the_first_step(self) -> None:
         """Measure the teacher, once a run, and get its vectors for the whole run where that is asked for."""
         setup, teaching = self.setup, self.setup.teaching
         if teaching is None:
@@ -239,9 +108,9 @@ class Session:
         if setup.ranks.is_first and setup.evaluation is not None and not file.is_file():
             self._watch.stage("evaluating the teacher")
             if (measured := teaching.measure()) is not None:
-                write_json(file, _as_json(measured))
+                write_json(file, as_json(measured))
         if file.is_file():
-            self.teacher = _from_json(read_json(file))
+            self.teacher = from_json(read_json(file))
         if not teaching.ahead:
             return
         self._watch.stage("asking the teacher")
@@ -256,38 +125,29 @@ class Session:
                 step, tokens = step + 1, tokens + len(batch.ids)
         setup.ranks.wait()
 
-    def _evaluate(self, step: int) -> float | None:
-        """The mean of the scores at full width, on all ranks."""
-        with self.average.applied() if self.average is not None else nullcontext():
-            measured = self._measure()
-        score = float("-inf")
-        if measured is not None:
-            self._log(measured)
-            score = measured.main()
-        return self.setup.ranks.first(score)
+    def _record(
+        self,
+        final: Measured | None,
+        verdicts: Sequence[Verdict],
+        losses: tuple[float | None, float | None],
+        seconds: float,
+    ) -> dict[str, Any]:
+        means = {
+            when: one.means()
+            for when, one in (("before", self.baseline), ("after", final), ("teacher", self.teacher))
+            if one is not None
+        }
+        return record_of(self.setup, self.training.progress, verdicts, means, losses, seconds)
 
-    def _measure(self) -> Measured | None:
-        """The scores of the model as it is; None where nothing is evaluated, or on another rank."""
-        if self.setup.evaluation is None:
-            return None
-        self._watch.stage("evaluating")
-        self.encoder.eval()
-        chunk = self.training.progress.plan.tokens_per_chunk
-        measured = self.setup.evaluation.measure(self.encoder, self.setup.device.name, chunk)
-        self.encoder.train()
-        return measured
+    def _report(self, record: Mapping[str, Any]) -> Report:
+        return make_report(self.setup, record)
 
-    def _log(self, measured: Measured) -> None:
-        if self.training.metrics is not None:
-            means = {f"eval/{name}": value for name, value in measured.means().items()}
-            self.training.metrics.write({"step": self.training.progress.step, **means})
+    def _save(self, target: Path, record: Mapping[str, Any]) -> None:
+        from gemb.training.card import declare, write_card
 
-    def _draw(self, verdicts: Sequence[Verdict] = ()) -> None:
-        """Write report.html anew."""
-        if self.setup.ranks.is_first:
-            from gemb.training.page import write_page
-
-            write_page(self.setup.folder.run, self.setup.model_name, verdicts)
+        self.model.save(target)
+        declare(target, self.setup.recipe, self.setup.sizes)
+        write_card(target, self.setup.recipe, record)
 
 
 class MemoryPlanner:
@@ -306,7 +166,7 @@ class MemoryPlanner:
             budget = int(batch.memory_gib * 2**30)
         else:
             free = free_memory_bytes(device.name) or _UNKNOWN_MEMORY
-            budget = int(max(0, free - _STATE_BYTES * total_parameters(parameters)) * _MEMORY_SHARE)
+            budget = int(max(0, free - STATE_BYTES * total_parameters(parameters)) * _MEMORY_SHARE)
         lengths = np.full(4, longest, np.int32)
         each = graph_bytes(self._encoder, parameters, lengths, device=device.name)
         usual = _USUAL_CHUNK.get(device.kind, _USUAL_CHUNK_ELSEWHERE)
@@ -342,48 +202,3 @@ def make_loss(setup: Setup, encoder: TrainableEncoder) -> Loss:
         return torch.from_numpy(teaching.vectors(batch)).to(setup.device.name)
 
     return Loss(terms, setup.sizes, setup.weights, teacher=taught, projection=projection)
-
-
-def trained_parameters(encoder: TrainableEncoder, patterns: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that are trained, by name; those that match a pattern are frozen.
-
-    Raises GembError for a pattern that matches none, and if all are frozen.
-    """
-    names = [name for name, _ in encoder.named_parameters()]
-    frozen: set[str] = set()
-    for pattern in patterns:
-        matching = fnmatch.filter(names, pattern)
-        if not matching:
-            raise GembError(
-                f"freeze: no parameter is called {pattern}; the names are such as "
-                f"{', '.join(names[:3])}, and * stands for anything"
-            )
-        frozen.update(matching)
-    for name, parameter in encoder.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-    trained = [(name, one) for name, one in encoder.named_parameters() if name not in frozen]
-    if not trained:
-        raise GembError("freeze: all parameters are frozen, so there is nothing to train")
-    return trained
-
-
-def _verdicts(before: Measured | None, after: Measured | None) -> list[Verdict]:
-    if before is None or after is None:
-        return []
-    return [compare(name, before.scores[name], values) for name, values in after.scores.items()]
-
-
-def _as_json(measured: Measured) -> dict[str, Any]:
-    return {
-        "numbers": dict(measured.numbers),
-        "scores": {name: values.tolist() for name, values in measured.scores.items()},
-        "histograms": {name: counts.tolist() for name, counts in measured.histograms.items()},
-    }
-
-
-def _from_json(values: Mapping[str, Any]) -> Measured:
-    scores: dict[str, NDArray[np.float64]] = {
-        name: np.array(one, np.float64) for name, one in values["scores"].items()
-    }
-    counts = {name: np.array(one, np.int64) for name, one in values["histograms"].items()}
-    return Measured(scores, counts, values["numbers"])

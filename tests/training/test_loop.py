@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gemb.errors import Exit, GembError, MachineError
+from gemb.training.batches import TrainingBatch
 from gemb.training.checkpoints import Checkpoints
-from gemb.training.gradients import MemoryPlan
+from gemb.training.gradients import EmbeddingGradients, MemoryPlan
 from gemb.training.loop import Hooks, Length, Progress, StepReport, Training
 from gemb.training.metrics import Metrics, read_metrics
 from gemb.training.random_numbers import seeded
@@ -37,7 +38,7 @@ def clip(parameters: Sequence[nn.Parameter]) -> float:
     return float(nn.utils.clip_grad_norm_(parameters, 1.0))
 
 
-def training(folder: Path, encoder: TinyEncoder | None = None, **changes: Any) -> Training:  # noqa: ANN401
+def training(folder: Path, encoder: TinyEncoder | None = None, **changes: Any) -> Training[TrainingBatch]:  # noqa: ANN401
     """A run in `folder`, opened where its last checkpoint is."""
     encoder = encoder or TinyEncoder(dropout=0.2)
     parameters = list(encoder.parameters())
@@ -48,10 +49,10 @@ def training(folder: Path, encoder: TinyEncoder | None = None, **changes: Any) -
     if steps:
         progress = Progress.from_json(checkpoints.state(steps[-1]))
     made = Training(
-        encoder=encoder,
+        model=encoder,
         parameters=parameters,
         optimizer=torch.optim.AdamW(parameters, lr=0.01),
-        loss=Loss(terms, (8, 4), (1.0, 1.0)),
+        learn=EmbeddingGradients(encoder, parameters, Loss(terms, (8, 4), (1.0, 1.0))),
         batches=ListedBatches(STEPS, progress.position or 0),
         length=Length(steps=STEPS),
         rate=rate,
@@ -68,7 +69,7 @@ def training(folder: Path, encoder: TinyEncoder | None = None, **changes: Any) -
     return made
 
 
-def trained(folder: Path, stop: threading.Event | None = None, **changes: Any) -> Training:  # noqa: ANN401
+def trained(folder: Path, stop: threading.Event | None = None, **changes: Any) -> Training[TrainingBatch]:  # noqa: ANN401
     """The same after `run`."""
     with seeded(5, "cpu"):
         made = training(folder, **changes)
@@ -76,14 +77,14 @@ def trained(folder: Path, stop: threading.Event | None = None, **changes: Any) -
     return made
 
 
-def weights_of(made: Training) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in made.encoder.state_dict().items()}
+def weights_of(made: Training[TrainingBatch]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in made.model.state_dict().items()}
 
 
-def same(first: Training, second: Training) -> bool:
+def same(first: Training[TrainingBatch], second: Training[TrainingBatch]) -> bool:
     """Whether the weights are equal to the bit."""
     return all(
-        torch.equal(value, second.encoder.state_dict()[name]) for name, value in weights_of(first).items()
+        torch.equal(value, second.model.state_dict()[name]) for name, value in weights_of(first).items()
     )
 
 
@@ -96,7 +97,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Training, Path]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Training[TrainingBatch], Path]:
     """The uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     return trained(folder), folder
@@ -118,7 +119,7 @@ def halting(step: int) -> Hooks:
 
 @pytest.mark.parametrize("step", [1, 4, 5, 8, 11, 12])
 def test_a_run_killed_after_any_step_and_rerun_has_the_same_weights_to_the_bit(
-    whole: tuple[Training, Path], tmp_path: Path, step: int
+    whole: tuple[Training[TrainingBatch], Path], tmp_path: Path, step: int
 ) -> None:
     with pytest.raises(Halt):
         trained(tmp_path, hooks=halting(step))
@@ -129,7 +130,7 @@ def test_a_run_killed_after_any_step_and_rerun_has_the_same_weights_to_the_bit(
 
 
 def test_a_run_that_is_not_restored_would_have_other_weights(
-    whole: tuple[Training, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Training[TrainingBatch], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(Halt):
         trained(tmp_path, hooks=halting(9))
@@ -147,7 +148,7 @@ class nowhere:
 
 @pytest.mark.parametrize("call", [3, 10, 31])
 def test_a_stop_in_the_middle_of_a_step_is_saved_as_before_it(
-    whole: tuple[Training, Path], tmp_path: Path, call: int
+    whole: tuple[Training[TrainingBatch], Path], tmp_path: Path, call: int
 ) -> None:
     stop = threading.Event()
     encoder = Counting(call, stop.set)
@@ -193,7 +194,7 @@ def test_a_full_memory_halves_the_chunk_and_repeats_the_step(tmp_path: Path, cal
     assert notes == ["out of memory at 30 tokens a chunk; now 15"]
     assert small.progress.plan == MemoryPlan(15, 15)
     for name, value in weights_of(plain).items():
-        torch.testing.assert_close(small.encoder.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(small.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_memory_too_small_for_one_text_ends_the_run(tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ class Spoiled(TinyEncoder):
         return vectors * torch.nan if self.batch in self._batches else vectors
 
 
-def spoiled(folder: Path, *batches: int) -> tuple[Training, list[str]]:
+def spoiled(folder: Path, *batches: int) -> tuple[Training[TrainingBatch], list[str]]:
     notes: list[str] = []
     encoder = Spoiled(*batches)
 
@@ -264,7 +265,7 @@ def test_three_bad_steps_in_a_row_end_the_run_and_keep_the_last_good_checkpoint(
     assert len(notes) == 2
 
 
-def test_each_term_is_logged_apart_at_each_size(whole: tuple[Training, Path]) -> None:
+def test_each_term_is_logged_apart_at_each_size(whole: tuple[Training[TrainingBatch], Path]) -> None:
     first = lines(whole[1])[0]
     parts = first["loss/contrastive"] + first["loss/contrastive@4"]
     parts += 0.1 * (first["loss/spread_out"] + first["loss/spread_out@4"])
@@ -275,7 +276,7 @@ def test_each_term_is_logged_apart_at_each_size(whole: tuple[Training, Path]) ->
     assert first["encoded_twice"]
 
 
-def test_the_loss_falls(whole: tuple[Training, Path]) -> None:
+def test_the_loss_falls(whole: tuple[Training[TrainingBatch], Path]) -> None:
     assert whole[0].progress.step == STEPS
     assert [line["step"] for line in lines(whole[1])] == list(range(1, STEPS + 1))
 
