@@ -46,6 +46,15 @@ def save_folder(
             _declare_fp32(place / source.transformer.folder.relative_to(source.path) / "config.json")
 
 
+def save_backbone(source: Path, values: Mapping[str, Tensor], target: Path, dtype: SavedDtype) -> None:
+    """`save_folder` of a folder of transformers, which has no modules: `values` are its tensors by name."""
+    with appearing(target) as place:
+        copy_files(source, place)
+        _write_weights(Weights.read(source), values, place, dtype)
+        if dtype == "float32":
+            _declare_fp32(place / "config.json")
+
+
 @contextmanager
 def appearing(target: Path) -> Iterator[Path]:
     """An empty folder that becomes `target` when the block ends well, and goes away otherwise."""
@@ -110,12 +119,17 @@ def _write_index(weights: Weights, path: Path, size_bytes: int) -> None:
 def _declare_fp32(path: Path) -> None:
     """Let config.json say what dtype the weights have now; transformers loads them so."""
     config = read_json(path)
-    parts: list[dict[str, Any]] = [config, *(part for part in config.values() if isinstance(part, dict))]
-    changed = False
-    for part in parts:
-        for key in ("dtype", "torch_dtype"):
-            if part.get(key) not in (None, "float32"):
-                part[key] = "float32"
-                changed = True
-    if changed:
+    if _declare_fp32_in(config):
         write_json(path, config)
+
+
+def _declare_fp32_in(config: dict[str, Any]) -> bool:
+    """The same at every depth: an encoder-decoder has a part for each tower; says whether it changed."""
+    changed = False
+    for key, value in config.items():
+        if isinstance(value, dict):
+            changed |= _declare_fp32_in(value)
+        elif key in ("dtype", "torch_dtype") and value not in (None, "float32"):
+            config[key] = "float32"
+            changed = True
+    return changed
