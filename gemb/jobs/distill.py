@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemb.errors import GembError
+from gemb.files import read_json
 from gemb.jobs import quickstart, train
 from gemb.report import OnProgress, Plan, Report, ignore
 from gemb.training.data_recipe import PromptText
-from gemb.training.distill_recipe import DistillRecipe, StudentSettings
+from gemb.training.distill_recipe import DistillRecipe, ModelConfig, StudentSettings
 
 if TYPE_CHECKING:
     from gemb.training.setup import Material
@@ -55,14 +56,27 @@ def _resolved(recipe: DistillRecipe) -> tuple[DistillRecipe, Material]:
         raise GembError("no teacher given; a distillation needs one, such as teacher: {model: minilm}")
     if recipe.student is None:
         return recipe, quickstart.MATERIAL
-    wanted = recipe.model_copy(update={"model": recipe.student.label})
+    student = recipe.student
+    if student.config is not None:
+        # The keys, not the file, are what the run depends on: a file that changed makes another run.
+        student = student.model_copy(update={"config": _config(student.config)})
+    wanted = recipe.model_copy(update={"student": student, "model": student.label})
     prompts = [
         prompt.text
         for data in recipe.data
         for prompt in (data.prompts.query, data.prompts.passage)
         if isinstance(prompt, PromptText)
     ]
-    return wanted, _StudentMaterial(recipe.student, prompts, recipe.offline)
+    return wanted, _StudentMaterial(student, prompts, recipe.max_tokens, recipe.offline)
+
+
+def _config(given: str | ModelConfig) -> ModelConfig:
+    """The config of a student. Raises GembError if it cannot be read, or names no family."""
+    name = given if isinstance(given, str) else "student.config"
+    values = read_json(given) if isinstance(given, str) else given.model_dump()
+    if not isinstance(values.get("model_type"), str) or not values["model_type"]:
+        raise GembError(f"{name} has no model_type; give that of transformers, such as gemma3_text")
+    return ModelConfig.model_validate(values)
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,7 @@ class _StudentMaterial:
     student: StudentSettings
     prompts: Sequence[str]
     """Texts that the recipe puts before others: they are tokens of the student, too."""
+    max_tokens: int | None
     offline: bool
 
     @property
@@ -89,12 +104,18 @@ class _StudentMaterial:
         return quickstart.MATERIAL.write_data(folder)
 
     def write_model(self, folder: Path, texts: Iterator[str], seed: int) -> None:
-        """Write the student's folder, cut from another model. Raises GembError for what does not fit."""
+        """Write the student's folder, cut from another model or of random weights.
+
+        Raises GembError for what does not fit.
+        """
         from gemb.model.folder import read_folder
         from gemb.model.hub import find_model
         from gemb.model.pruned import write_pruned
 
         student = self.student
+        if isinstance(student.config, ModelConfig):
+            self._write_random(student.config, folder, seed)
+            return
         if student.from_ == quickstart.TINY_GEMMA3:
             quickstart.MATERIAL.write_model(folder, texts, seed)
             return
@@ -105,6 +126,19 @@ class _StudentMaterial:
             )
         source = read_folder(find_model(student.from_, offline=self.offline))
         write_pruned(source, folder, keep_layers=student.keep_layers, texts=kept, largest=student.vocabulary)
+
+    def _write_random(self, config: ModelConfig, folder: Path, seed: int) -> None:
+        from gemb.model.folder import read_folder
+        from gemb.model.hub import find_model
+        from gemb.model.random_weights import write_random
+        from gemb.training.setup import USUAL_MAX_TOKENS
+
+        tokenizer = find_model(self.student.tokenizer, offline=self.offline)
+        if not (tokenizer / "tokenizer.json").is_file() and (tokenizer / "config.json").is_file():
+            tokenizer = read_folder(tokenizer).tokenizer_folder
+        write_random(
+            config.model_dump(), tokenizer, folder, seed=seed, max_tokens=self.max_tokens or USUAL_MAX_TOKENS
+        )
 
 
 def _texts_of(files: Sequence[str]) -> Iterator[str]:

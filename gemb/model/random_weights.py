@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +104,34 @@ def _entries(tokenizer: Path) -> int:
 def _model(config: Mapping[str, Any], seed: int) -> Any:  # noqa: ANN401  # transformers is untyped here
     """The model of a config, with the weights of a seed."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoModel
 
     family = str(config.get("model_type"))
     if family not in CONFIG_MAPPING:
         raise MismatchError(f"transformers knows no model_type {family!r}; check the config")
     given = {key: value for key, value in config.items() if key != "model_type"}
+    _check_keys(family, given)
     try:
         settings = CONFIG_MAPPING[family](**given)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModel.from_config(settings, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    except (TypeError, ValueError) as error:
-        raise MismatchError(f"transformers cannot build a {family} of this config: {error}") from error
+    except (ArithmeticError, KeyError, RuntimeError, StrictDataclassError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise MismatchError(f"transformers cannot build a {family} of this config: {reason}") from error
+
+
+def _check_keys(family: str, given: Mapping[str, Any]) -> None:
+    """Raises MismatchError for a key that transformers would leave unused, where one it uses is close.
+
+    Other unknown keys are let through: the config.json of a published model may hold some.
+    """
+    from transformers import CONFIG_MAPPING
+
+    known = CONFIG_MAPPING[family]
+    names = [name.lstrip("_") for name in (*known().to_dict(), *known.attribute_map)]
+    for key in given:
+        close = get_close_matches(key.lstrip("_"), names, n=1, cutoff=0.8)
+        if key.lstrip("_") not in names and close:
+            raise MismatchError(f"a {family} has no {key}; did you mean {close[0]}?")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from gemb.recipe import ModelName, Recipe, RecipeInput, RecipePath
 from gemb.text.prompts import DOCUMENT, QUERY
@@ -43,11 +43,25 @@ class TeacherSettings(Recipe):
         return self
 
 
+class ModelConfig(Recipe):
+    """A config.json of transformers; its keys are those of the `model_type`, and checked when it is built."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model_type: str = ""
+    """The family, such as gemma3_text or bert; always needed."""
+
+
 class StudentSettings(Recipe):
     """Which model is made to begin with."""
 
     from_: ModelName = "minilm"
     """The model that the student is cut from, or `tiny-gemma3` for small random weights."""
+    config: RecipeInput | ModelConfig | None = None
+    """In place of `from`, a model of random weights: a config.json of transformers, or its keys. What it
+    leaves out is what transformers has for it; the table gets a row for each entry of the tokenizer."""
+    tokenizer: ModelName | None = None
+    """Whose tokenizer a student of a `config` gets: a folder, a name on the Hugging Face hub, or `minilm`."""
     keep_layers: tuple[int, ...] = ()
     """Layers that stay, counted from 0; by default all."""
     keep_vocab: Literal["data"] | tuple[RecipeInput, ...] | None = None
@@ -59,6 +73,12 @@ class StudentSettings(Recipe):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.config is not None and "from_" in self.model_fields_set:
+            raise ValueError("from and config are both given; a student is cut from a model, or made anew")
+        if (self.config is None) is not (self.tokenizer is None):
+            raise ValueError("config and tokenizer go together; give both, or from")
+        if self.config is not None and (self.keep_layers or self.keep_vocab is not None):
+            raise ValueError("a student of a config is made anew and has nothing to keep; use from")
         if self.from_ == "tiny-gemma3" and (self.keep_layers or self.keep_vocab is not None):
             raise ValueError("tiny-gemma3 is made anew and has nothing to keep; name another model")
         kept = list(self.keep_layers)
@@ -71,6 +91,9 @@ class StudentSettings(Recipe):
     @property
     def label(self) -> str:
         """What reports call the student: `minilm, layers 0 2 5, vocabulary of data`."""
+        if self.config is not None:
+            family = self.config if isinstance(self.config, str) else self.config.model_type
+            return f"{family} with random weights"
         parts = [self.from_]
         if self.keep_layers:
             parts.append(f"layers {' '.join(map(str, self.keep_layers))}")

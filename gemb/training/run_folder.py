@@ -89,6 +89,14 @@ class RunFolder:
                 return
         write_json(file, {"version": _VERSION, **request})
 
+    def forget_another(self, recipe: Mapping[str, Any]) -> None:
+        """Remove the first model that an unfinished run of another recipe made on the spot."""
+        file = self.partial / "job.json"
+        was = read_json(file).get("recipe", {}) if file.is_file() else recipe
+        if any(not _is_free(key) and was.get(key) != recipe.get(key) for key in was.keys() | recipe.keys()):
+            with os_errors_explained(self.base):
+                shutil.rmtree(self.base, ignore_errors=True)
+
     def finished(self) -> dict[str, Any]:
         """What gemb.json of the output holds."""
         return read_json(self.output / "gemb.json")

@@ -117,6 +117,8 @@ def prepare(
             "checkpoint.result is best, but nothing is evaluated; give evaluation.pairs or evaluation.sets"
         )
     device = pick_device(recipe)
+    if overwrite and not dry and ranks.is_first:
+        folder.forget_another(_recipe_values(recipe))
     data, held_out = _with_material(recipe, folder, ranks, material)
     model_path, model_name = _model(recipe, data, folder, ranks, material, notice)
     model = read_folder(model_path)
@@ -280,15 +282,17 @@ def _request(
 ) -> dict[str, Any]:
     """What the weights of a run depend on, for job.json and gemb.json."""
     teacher = {} if teaching is None else {"teacher": teaching.fingerprint[:12]}
-    # Through JSON, so that it compares equal to what job.json gives back.
-    values: dict[str, Any] = orjson.loads(
-        orjson.dumps({
-            "recipe": flat(resolved(recipe)),
-            "model": {"name": model_name, "fingerprint": fingerprint(model)[:12], **teacher},
-            "data": {member.name: member.prepared.fingerprint[:12] for member in mixture.members},
-            "versions": {name: metadata.version(name) for name in _PACKAGES},
-        })
-    )  # fmt: skip
+    return {
+        "recipe": _recipe_values(recipe),
+        "model": {"name": model_name, "fingerprint": fingerprint(model)[:12], **teacher},
+        "data": {member.name: member.prepared.fingerprint[:12] for member in mixture.members},
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _recipe_values(recipe: TrainRecipe) -> dict[str, Any]:
+    """What a recipe says by dotted key; through JSON, so that it compares equal to what job.json gives."""
+    values: dict[str, Any] = orjson.loads(orjson.dumps(flat(resolved(recipe))))
     return values
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from gemb.engine.encoder import Encoder
 from gemb.errors import GembError, Interrupted, MismatchError, UnavailableError
 from gemb.jobs.distill import DistillRecipe, plan, run
+from gemb.model.folder import read_folder
 from gemb.recipe import load
 from gemb.report import Event, Report
 from tests.conftest import Finished
@@ -233,6 +234,85 @@ def test_a_small_random_student_is_made_on_the_spot(place: Path, tmp_path: Path)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["hidden_size"] == 192
 
 
+RANDOM = {
+    "model_type": "gemma3_text",
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "use_bidirectional_attention": True,
+}
+NO_PROMPTS = ("model=null", "data.0.prompts=none", "evaluation.pairs.0.prompts=none")
+
+
+def test_a_student_of_a_config_has_its_shape_and_weights_of_the_seed(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**RANDOM, "num_hidden_layers": 3}))
+    student = f"student={{config: {tmp_path / 'config.json'}, tokenizer: {place / 'teacher'}}}"
+    report = distilled(place, tmp_path / "out", *NO_PROMPTS, student, "max_tokens=40")
+    assert report.title.startswith("distilled gemma3_text with random weights on ")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]) == (48, 3, 200)
+    assert losses(tmp_path / "out", "matching")[-1] < losses(tmp_path / "out", "matching")[0]
+    encoder = Encoder.load(tmp_path / "out", threads=1)
+    assert encoder.embed(["w4 w5"], as_="none").shape == (1, 48)
+    assert read_folder(tmp_path / "out").max_tokens == 40
+    # The same keys in the recipe make the same student.
+    keys = json.dumps({**RANDOM, "num_hidden_layers": 3})
+    student = f"student={{config: {keys}, tokenizer: {place / 'teacher'}}}"
+    distilled(place, tmp_path / "keys", *NO_PROMPTS, student, "max_tokens=40")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "keys"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_student_of_another_config_is_another_run_and_overwrite_makes_it(
+    place: Path, tmp_path: Path
+) -> None:
+    def stop(event: Event) -> None:
+        if event.stage == "training" and event.done == 3:
+            os.kill(os.getpid(), 15)
+
+    def student(width: int) -> str:
+        keys = json.dumps({**RANDOM, "hidden_size": width})
+        return f"student={{config: {keys}, tokenizer: {place / 'teacher'}}}"
+
+    with pytest.raises(Interrupted):
+        distilled(place, tmp_path / "out", *NO_PROMPTS, student(48), on_progress=stop)
+    with pytest.raises(GembError, match=r"student\.config\.hidden_size was 48, now 32"):
+        distilled(place, tmp_path / "out", *NO_PROMPTS, student(32))
+    distilled(place, tmp_path / "out", *NO_PROMPTS, student(32), overwrite=True)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["hidden_size"] == 32
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "message"),
+    [
+        ("PLACE/absent.json", "teacher",
+         "cannot read PLACE/absent.json: no such file or folder; check the path"),
+        ("PLACE/bare.json", "teacher",
+         "PLACE/bare.json has no model_type; give that of transformers, such as gemma3_text"),
+        ('{"hidden_size": 48}', "teacher",
+         "student.config has no model_type; give that of transformers, such as gemma3_text"),
+        (json.dumps(RANDOM), "empty", "PLACE/empty has no tokenizer.json; name a folder with one"),
+        (json.dumps({**RANDOM, "vocab_size": 150}), "teacher",
+         "the config's vocab_size is 150, but the tokenizer in PLACE/teacher has 200 entries; "
+         "leave vocab_size out"),
+        (json.dumps({**RANDOM, "hiden_size": 48}), "teacher",
+         "a gemma3_text has no hiden_size; did you mean hidden_size?"),
+    ],
+)  # fmt: skip
+def test_a_config_that_makes_no_student_is_told(
+    place: Path, tmp_path: Path, config: str, tokenizer: str, message: str
+) -> None:
+    (place / "bare.json").write_text('{"hidden_size": 48}')
+    (place / "empty").mkdir(exist_ok=True)
+    student = f"student={{config: {config}, tokenizer: {place / tokenizer}}}"
+    with pytest.raises(GembError) as caught:
+        distilled(place, tmp_path / "out", *NO_PROMPTS, student.replace("PLACE", str(place)))
+    assert str(caught.value) == message.replace("PLACE", str(place))
+
+
 def test_score_matching_teaches_without_a_map(place: Path, tmp_path: Path) -> None:
     distilled(place, tmp_path / "out", "losses=[{name: score_matching}]")
     values = losses(tmp_path / "out", "score_matching")
@@ -321,6 +401,18 @@ def test_a_teacher_that_cannot_teach_is_refused(
         (
             ["student={from: minilm, vocabulary: 9}", "model=null"],
             "vocabulary is counted over the texts of keep_vocab; give those, too",
+        ),
+        (
+            ["student={config: c.json}", "model=null"],
+            "config and tokenizer go together; give both, or from",
+        ),
+        (
+            ["student={from: minilm, config: c.json, tokenizer: minilm}", "model=null"],
+            "from and config are both given; a student is cut from a model, or made anew",
+        ),
+        (
+            ["student={config: c.json, tokenizer: minilm, keep_layers: [1]}", "model=null"],
+            "a student of a config is made anew and has nothing to keep; use from",
         ),
         (
             ["student={from: tiny-gemma3, keep_layers: [1]}", "model=null"],

@@ -70,6 +70,15 @@ def test_its_vocabulary_can_be_cut(tmp_path: Path) -> None:
         ({"model_type": "bart-like"}, "transformers knows no model_type 'bart-like'; check the config"),
         ({"vocab_size": 100}, "the config's vocab_size is 100, but the tokenizer in {tokenizer} has 200 "
                               "entries; leave vocab_size out"),
+        ({"hiden_size": 64}, "a bert has no hiden_size; did you mean hidden_size?"),
+        ({"num_attention_heads": 3}, "transformers cannot build a bert of this config: The hidden size (32) "
+                                     "is not a multiple of the number of attention heads (3)"),
+        ({"hidden_size": "64"}, "transformers cannot build a bert of this config: Validation error for field "
+                                "'hidden_size': TypeError: Field 'hidden_size' expected int, got str "
+                                "(value: '64')"),
+        ({"hidden_act": "nope"}, "transformers cannot build a bert of this config: 'nope'"),
+        ({"intermediate_size": -1}, "transformers cannot build a bert of this config: Trying to create "
+                                    "tensor with negative dimension -1: [-1, 32]"),
     ],
 )  # fmt: skip
 def test_a_config_that_does_not_fit_is_told(tmp_path: Path, change: dict[str, Any], message: str) -> None:
