@@ -1,10 +1,10 @@
-"""The options that several commands share, and `option`, which makes one from a recipe's field.
+"""The options that several commands share; `option` makes one from a recipe's field, `given` is the way back.
 
 The explanation of an option is the docstring of its recipe field; only what is no part of a recipe
 (how to show the result, which recipe to read) is explained here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -42,6 +42,11 @@ def option(recipe: type[Recipe], field: str, *, metavar: str | None = None) -> A
         metavar=metavar or "|".join(choices) or None,
         autocompletion=_completer(choices) if choices else None,
     )
+
+
+def given(recipe: type[Recipe], parameters: Mapping[str, object]) -> dict[str, object]:
+    """The keys of a recipe among the parameters of a command, for `gemb.recipe.load`; None is not given."""
+    return {key: parameters[key] for key in recipe.model_fields if parameters.get(key) is not None}
 
 
 def _completer(choices: Sequence[str]) -> Callable[[str], list[str]]:

@@ -7,7 +7,6 @@ import typer
 
 from gemb import recipe as recipes
 from gemb.jobs.distill import DistillRecipe
-from gemb.report import progress
 
 from ._options import (
     DryRunOption,
@@ -16,9 +15,10 @@ from ._options import (
     QuietOption,
     SetOption,
     VerboseOption,
+    given,
     option,
 )
-from ._show import show
+from ._show import plan_or_run
 
 
 def distill(
@@ -56,23 +56,7 @@ def distill(
     """
     from gemb.jobs import distill as job
 
-    given: dict[str, object] = {
-        "output": output,
-        "model": model,
-        "steps": steps,
-        "seed": seed,
-        "device": device,
-        "precision": precision,
-        "threads": threads,
-        "tensorboard": tensorboard,
-        "fail_on_regression": fail_on_regression,
-        "wait_lock": wait_lock,
-        "offline": offline,
-    }
-    wanted = recipes.load(recipe, DistillRecipe, [*(changes or ()), *(set_ or ())], given)
-    if dry_run:
-        show(job.plan(wanted), json=json, product=True)
-        return
-    with progress(quiet=quiet, json=json, verbose=verbose) as on_progress:
-        report = job.run(wanted, on_progress, overwrite=overwrite)
-    show(report, json=json, quiet=quiet)
+    wanted = recipes.load(
+        recipe, DistillRecipe, [*(changes or ()), *(set_ or ())], given(DistillRecipe, locals())
+    )
+    plan_or_run(job, wanted, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose, overwrite=overwrite)

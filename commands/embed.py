@@ -17,6 +17,7 @@ from ._options import (
     RecipeOption,
     SetOption,
     VerboseOption,
+    given,
     option,
 )
 from ._show import show
@@ -78,38 +79,11 @@ def embed(
     from gemb.jobs import embed as job
 
     source, overrides, inputs = split_words(inputs or [], recipe)
-    given: dict[str, object] = {
+    keys = {
+        **given(EmbedRecipe, locals()),
         "inputs": tuple(inputs) or None,
-        "output": output,
-        "model": model,
-        "as_": as_,
-        "text_field": text_field,
-        "title_field": title_field,
-        "id_field": id_field,
-        "input_format": input_format,
-        "dims": dims,
-        "normalise": normalise,
-        "dtype": dtype,
-        "encoding": encoding,
-        "max_tokens": max_tokens,
-        "on_long": on_long,
-        "empty": empty,
-        "on_error": on_error,
-        "max_rejects": max_rejects,
-        "limit_rows": limit_rows,
-        "max_seconds": max_seconds,
-        "device": device,
-        "precision": precision,
-        "threads": threads,
-        "batch_tokens": batch_tokens,
-        "shard": shard,
-        "join": join,
-        "cache": cache,
-        "force": force,
-        "wait_lock": wait_lock,
-        "offline": offline,
     }
-    wanted = recipes.load(source, EmbedRecipe, [*overrides, *(set_ or ())], given)
+    wanted = recipes.load(source, EmbedRecipe, [*overrides, *(set_ or ())], keys)
     if dry_run:
         show(job.plan(wanted), json=json, product=True)
         return

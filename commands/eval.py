@@ -10,7 +10,7 @@ from gemb import recipe as recipes
 from gemb.jobs.eval import EvalRecipe
 from gemb.report import progress
 
-from ._options import JsonOption, QuietOption, RecipeOption, SetOption, VerboseOption, option
+from ._options import JsonOption, QuietOption, RecipeOption, SetOption, VerboseOption, given, option
 from ._show import show
 
 
@@ -57,32 +57,13 @@ def eval(  # shadows the builtin, which nobody here needs
     from gemb.jobs import eval as job
 
     model, data = (words[0], words[1:]) if words else (None, [])
-    given: dict[str, object] = {
-        "model": model,
+    keys = {
+        **given(EvalRecipe, locals()),
         "data": tuple(data) if data else None,
-        "against": against,
         "dims": None if dims is None else _numbers(dims),
         "dtype": None if dtype is None else tuple(dtype.split(",")),
-        "task": task,
-        "split": split,
-        "positive": positive,
-        "samples": samples,
-        "draws": draws,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "output": output,
-        "plot": plot,
-        "space": space,
-        "cache": cache,
-        "fail_on_regression": fail_on_regression,
-        "fail_under": fail_under,
-        "device": device,
-        "precision": precision,
-        "threads": threads,
-        "batch_tokens": batch_tokens,
-        "offline": offline,
     }
-    wanted = recipes.load(recipe, EvalRecipe, set_ or (), given)
+    wanted = recipes.load(recipe, EvalRecipe, set_ or (), keys)
     with progress(quiet=quiet, json=json, verbose=verbose) as on_progress:
         report = job.run(wanted, on_progress)
     show(report, json=json or not sys.stdout.isatty(), quiet=quiet, product=True)

@@ -20,6 +20,7 @@ from ._options import (
     RecipeOption,
     SetOption,
     VerboseOption,
+    given,
     option,
 )
 from ._show import show
@@ -161,39 +162,11 @@ def add(
     from gemb.jobs.embed import split_words
 
     source, overrides, words = split_words(inputs or [], recipe)
-    given: dict[str, object] = {
+    keys = {
+        **given(IndexRecipe, locals()),
         "inputs": tuple(words) or None,
-        "output": output,
-        "model": model,
-        "as_": as_,
-        "text_field": text_field,
-        "title_field": title_field,
-        "id_field": id_field,
-        "keep": keep,
-        "input_format": input_format,
-        "vectors": vectors,
-        "ids": ids,
-        "vector_field": vector_field,
-        "passages": passages,
-        "dims": dims,
-        "dtype": dtype,
-        "prune": prune,
-        "compact": compact,
-        "empty": empty,
-        "on_error": on_error,
-        "max_rejects": max_rejects,
-        "limit_rows": limit_rows,
-        "max_seconds": max_seconds,
-        "device": device,
-        "precision": precision,
-        "threads": threads,
-        "batch_tokens": batch_tokens,
-        "cache": cache,
-        "force": force,
-        "wait_lock": wait_lock,
-        "offline": offline,
     }
-    wanted = recipes.load(source, IndexRecipe, [*overrides, *(set_ or ())], given)
+    wanted = recipes.load(source, IndexRecipe, [*overrides, *(set_ or ())], keys)
     if dry_run:
         show(job.plan(wanted, overwrite=overwrite), json=json, product=True)
         return

@@ -7,10 +7,18 @@ import typer
 
 from gemb import recipe as recipes
 from gemb.jobs.merge import MergeRecipe
-from gemb.report import progress
 
-from ._options import DryRunOption, JsonOption, QuietOption, RecipeOption, SetOption, VerboseOption, option
-from ._show import show
+from ._options import (
+    DryRunOption,
+    JsonOption,
+    QuietOption,
+    RecipeOption,
+    SetOption,
+    VerboseOption,
+    given,
+    option,
+)
+from ._show import plan_or_run
 
 
 def merge(
@@ -52,32 +60,14 @@ def merge(
     models = words or []
     if recipe is None and len(models) == 1 and models[0].endswith((".yaml", ".yml")):
         recipe, models = models[0], []
-    given: dict[str, object] = {
+    keys = {
+        **given(MergeRecipe, locals()),
         "models": tuple(models) or None,
-        "output": output,
-        "merge_method": merge_method,
-        "base_model": base_model,
         "weights": None if weights is None else _numbers(weights),
-        "variant": variant,
-        "dtype": dtype,
-        "last": last,
-        "decay": decay,
         "data": None if data is None else tuple(data),
-        "choose": choose,
-        "budget": budget,
-        "fail_on_regression": fail_on_regression,
-        "seed": seed,
-        "device": device,
-        "threads": threads,
-        "offline": offline,
     }
-    wanted = recipes.load(recipe, MergeRecipe, set_ or (), given)
-    if dry_run:
-        show(job.plan(wanted), json=json, product=True)
-        return
-    with progress(quiet=quiet, json=json, verbose=verbose) as on_progress:
-        report = job.run(wanted, on_progress)
-    show(report, json=json, quiet=quiet)
+    wanted = recipes.load(recipe, MergeRecipe, set_ or (), keys)
+    plan_or_run(job, wanted, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose)
 
 
 def _numbers(text: str) -> tuple[object, ...]:

@@ -7,7 +7,6 @@ import typer
 
 from gemb import recipe as recipes
 from gemb.jobs.mine import MineRecipe
-from gemb.report import progress
 
 from ._options import (
     DryRunOption,
@@ -17,9 +16,10 @@ from ._options import (
     RecipeOption,
     SetOption,
     VerboseOption,
+    given,
     option,
 )
-from ._show import show
+from ._show import plan_or_run
 
 
 def mine(
@@ -72,42 +72,9 @@ def mine(
     """
     from gemb.jobs import mine as job
 
-    given: dict[str, object] = {
+    keys = {
+        **given(MineRecipe, locals()),
         "pairs": tuple(pairs) if pairs else None,
-        "corpus": corpus,
-        "output": output,
-        "model": model,
-        "negatives": negatives,
-        "first_rank": first_rank,
-        "last_rank": last_rank,
-        "relative_margin": relative_margin,
-        "absolute_margin": absolute_margin,
-        "min_score": min_score,
-        "max_score": max_score,
-        "pick": pick,
-        "seed": seed,
-        "second": second,
-        "scores": scores,
-        "graph": graph,
-        "query_as": query_as,
-        "passage_as": passage_as,
-        "dims": dims,
-        "max_tokens": max_tokens,
-        "cache": cache,
-        "shape": shape,
-        "split": split,
-        "limit": limit,
-        "device": device,
-        "precision": precision,
-        "threads": threads,
-        "batch_tokens": batch_tokens,
-        "wait_lock": wait_lock,
-        "offline": offline,
     }
-    wanted = recipes.load(recipe, MineRecipe, set_ or (), given)
-    if dry_run:
-        show(job.plan(wanted), json=json, product=True)
-        return
-    with progress(quiet=quiet, json=json, verbose=verbose) as on_progress:
-        report = job.run(wanted, on_progress, overwrite=overwrite)
-    show(report, json=json, quiet=quiet)
+    wanted = recipes.load(recipe, MineRecipe, set_ or (), keys)
+    plan_or_run(job, wanted, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose, overwrite=overwrite)

@@ -9,7 +9,7 @@ from gemb import recipe as recipes
 from gemb.jobs.search import SearchRecipe
 from gemb.report import progress
 
-from ._options import JsonOption, QuietOption, RecipeOption, SetOption, option
+from ._options import JsonOption, QuietOption, RecipeOption, SetOption, given, option
 from ._show import show
 
 _K_HELP = f"{SearchRecipe.model_fields['k'].description}  [default: {SearchRecipe.model_fields['k'].default}]"
@@ -59,31 +59,12 @@ def search(
 
     has_queries = any(source is not None for source in (queries, vectors, like))
     indexes, query = job.split_words(words or [], has_queries=has_queries)
-    given: dict[str, object] = {
+    keys = {
+        **given(SearchRecipe, locals()),
         "indexes": tuple(indexes) or None,
-        "query": query,
-        "k": k,
-        "where": where,
-        "hybrid": hybrid,
-        "lexical": lexical,
-        "like": like,
-        "queries": queries,
-        "vectors": vectors,
-        "min_score": min_score,
-        "exact": exact,
-        "as_": as_,
         "format": format_,
-        "fail_empty": fail_empty,
-        "text_field": text_field,
-        "id_field": id_field,
-        "model": model,
-        "device": device,
-        "precision": precision,
-        "threads": threads,
-        "batch_tokens": batch_tokens,
-        "offline": offline,
     }
-    wanted = recipes.load(recipe, SearchRecipe, set_ or (), given)
+    wanted = recipes.load(recipe, SearchRecipe, set_ or (), keys)
     if job.is_conversation(wanted, json=json):
         from gemb.jobs.conversation import converse
 

@@ -16,9 +16,10 @@ from ._options import (
     QuietOption,
     SetOption,
     VerboseOption,
+    given,
     option,
 )
-from ._show import show
+from ._show import plan_or_run, show
 
 
 def train(
@@ -65,20 +66,9 @@ def train(
     """
     from gemb.jobs import train as job
 
-    given: dict[str, object] = {
-        "output": output,
-        "model": model,
-        "steps": steps,
-        "seed": seed,
-        "device": device,
-        "precision": precision,
-        "threads": threads,
-        "tensorboard": tensorboard,
-        "fail_on_regression": fail_on_regression,
-        "wait_lock": wait_lock,
-        "offline": offline,
-    }
-    wanted = recipes.load(recipe, TrainRecipe, [*(changes or ()), *(set_ or ())], given)
+    wanted = recipes.load(
+        recipe, TrainRecipe, [*(changes or ()), *(set_ or ())], given(TrainRecipe, locals())
+    )
     if search is not None:
         _search(wanted, search, dry_run=dry_run, overwrite=overwrite, json=json, quiet=quiet, verbose=verbose)
         return
@@ -100,9 +90,6 @@ def _search(
     from gemb.jobs import train_search as job
 
     settings = recipes.load(file, job.SearchRecipe)
-    if dry_run:
-        show(job.plan(wanted, settings), json=json, product=True)
-        return
-    with progress(quiet=quiet, json=json, verbose=verbose) as on_progress:
-        report = job.run(wanted, settings, on_progress, overwrite=overwrite)
-    show(report, json=json, quiet=quiet)
+    plan_or_run(
+        job, wanted, settings, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose, overwrite=overwrite
+    )
