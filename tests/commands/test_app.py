@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -131,10 +130,11 @@ def test_a_light_room_loads_no_torch_and_no_transformers(room: str) -> None:
 
 
 def test_help_takes_less_than_half_a_second() -> None:
-    def seconds() -> float:
-        start = time.perf_counter()
+    def seconds() -> float:  # of the processor, so that a busy machine does not matter
+        before = os.times()
         subprocess.run([sys.executable, "-m", "gemb", "--help"], check=True, capture_output=True, cwd=ROOT)
-        return time.perf_counter() - start
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
 
     assert min(seconds() for _ in range(5)) < 0.5
 
