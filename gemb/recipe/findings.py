@@ -1,6 +1,7 @@
 """What pydantic finds wrong with a recipe, in our words: the value, the rule, the next step."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, cast, get_args
 
 from pydantic import ValidationError
@@ -74,7 +75,9 @@ def _message(finding: dict[str, Any], key: Key, owner: type[Recipe] | None) -> s
     kind, value, context = finding["type"], shown(finding["input"]), finding.get("ctx", {})
     if kind == "extra_forbidden":
         names = [key_of(name) for name in owner.model_fields] if owner else []
-        return "no such key" + did_you_mean(str(key[-1]), names, listing="the keys are")
+        word = str(key[-1])
+        meant = _meant_below(word, owner, 1.0) or did_you_mean(word, names) or _meant_below(word, owner, 0.8)
+        return "no such key" + (meant or did_you_mean(word, names, listing="the keys are"))
     if kind == "missing":
         field = _field(owner, str(key[-1])) if owner and key else None
         return "missing" + (f": {_first_sentence(field.description)}" if field and field.description else "")
@@ -117,6 +120,23 @@ def _models_in(annotation: object) -> Iterator[type[Recipe]]:
         yield annotation
     for part in get_args(annotation):
         yield from _models_in(part)
+
+
+def _meant_below(word: str, model: type[Recipe] | None, cutoff: float) -> str:
+    """`; did you mean optimizer.learning_rate?` where one key inside of a mapping of the recipe is so close."""
+    keys = list(_keys_below(model)) if model else []
+    close = get_close_matches(word, {key.rpartition(".")[2] for key in keys}, n=1, cutoff=cutoff)
+    meant = [key for key in keys if close and key.endswith(f".{close[0]}")]
+    return f"; did you mean {meant[0]}?" if len(meant) == 1 else ""
+
+
+def _keys_below(model: type[Recipe]) -> Iterator[str]:
+    """The keys inside of the mappings of a recipe, dotted."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Recipe):
+            below = field.annotation
+            for key in (*map(key_of, below.model_fields), *_keys_below(below)):
+                yield f"{key_of(name)}.{key}"
 
 
 def _field(model: type[Recipe], key: str) -> FieldInfo | None:

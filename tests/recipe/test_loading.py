@@ -144,6 +144,20 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_lines(write: Callable
     )
 
 
+def test_a_key_that_stands_in_a_mapping_of_the_recipe_is_pointed_to(write: Callable[[str], str]) -> None:
+    from gemb.training.recipe import TrainRecipe
+
+    path = write("learning_rat: 1e-3\nsizes: [64]\nweights: [1]\nname: adamw\n")
+    with pytest.raises(GembError) as error:
+        load(path, TrainRecipe)
+    lines = str(error.value).splitlines()
+    assert lines[1:3] == [
+        "  line 1: learning_rat: no such key; did you mean optimizer.learning_rate?",
+        "  line 2: sizes: no such key; did you mean matryoshka.sizes?",
+    ]
+    assert lines[4].startswith("  line 4: name: no such key; the keys are "), "several mappings have it"
+
+
 def test_problems_of_the_command_line_name_the_word_that_was_typed() -> None:
     message = failure(
         None, "dims=x", "data.0.weight=3", "first.weight.more=1", "dms=1", "normalise", "name=[a", threads=0
