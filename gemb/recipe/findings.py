@@ -123,7 +123,7 @@ def _models_in(annotation: object) -> Iterator[type[Recipe]]:
 
 
 def _meant_below(word: str, model: type[Recipe] | None, cutoff: float) -> str:
-    """`; did you mean optimizer.learning_rate?` where one key inside of a mapping of the recipe is so close."""
+    """`; did you mean optimizer.learning_rate?` where one key inside of a mapping is so close."""
     keys = list(_keys_below(model)) if model else []
     close = get_close_matches(word, {key.rpartition(".")[2] for key in keys}, n=1, cutoff=cutoff)
     meant = [key for key in keys if close and key.endswith(f".{close[0]}")]
