@@ -1,12 +1,14 @@
 """Which decoders become which encoders, under which names and with which keys of config.json.
 
+The encoder of an encoder-decoder is taken in the same way: its weights under the names of a class that
+AutoModel loads alone.
 A class that is bidirectional by itself is preferred, since no version of transformers can overlook it; else
 the decoder keeps its class and config.json has the one key that its family heeds. No code goes with a folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -36,13 +38,18 @@ class Family:
     """[V, D], the token embeddings."""
     dropouts: tuple[str, ...] = ("attention_dropout",)
     """The rates that the encoder's class has for training."""
+    part: str = ""
+    """What stands before the names in the source, where its text model is a part of it."""
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    """Parts of names that the source spells in another way, by the encoder's spelling."""
 
 
 _NOT_CAUSAL = MappingProxyType({"is_causal": False})
+# transformers halves the window for this flag: 512 is 256 to each side.
+_BOTH_WAYS = MappingProxyType({"use_bidirectional_attention": True})
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        # transformers halves the window for this flag: 512 is 256 to each side.
-        "gemma3_text": Family("gemma3_text", "Gemma3TextModel", {"use_bidirectional_attention": True}),
+        "gemma3_text": Family("gemma3_text", "Gemma3TextModel", _BOTH_WAYS),
         # T5Gemma's encoder is the same layer, but AutoModel does not load it alone.
         "gemma2": Family("gemma2", "Gemma2Model", _NOT_CAUSAL),
         "llama": Family("eurobert", "EuroBertModel"),
@@ -59,6 +66,26 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 )
 """By `model_type` of the decoder's text part."""
 
+_NORMS = MappingProxyType(
+    {
+        "input_layernorm": "pre_self_attn_layernorm",
+        "post_attention_layernorm": "post_self_attn_layernorm",
+    }
+)
+ENCODERS: Mapping[str, Family] = MappingProxyType(
+    {
+        "t5_gemma_module": Family("gemma2", "Gemma2Model", _NOT_CAUSAL, part="encoder.", spellings=_NORMS),
+        # A window of 512 is -255 to +256 there, and 256 to each side here: no class has the former alone.
+        "t5gemma2_text": Family(
+            "gemma3_text", "Gemma3TextModel", _BOTH_WAYS, part="encoder.", spellings=_NORMS
+        ),
+    }
+)
+"""What becomes of the encoder of an encoder-decoder, by `model_type` of its text part."""
+
+_TEXT_PARTS = MappingProxyType(
+    {"gemma3": "gemma3_text", "t5gemma": "t5_gemma_module", "t5gemma2": "t5gemma2_text"}
+)
 _CAUSAL_CLASSES: Mapping[str, str] = MappingProxyType(
     {"llama": "LlamaModel", "modernbert-decoder": "ModernBertDecoderModel"}
 )
@@ -78,6 +105,8 @@ def family_of(source: ModelFolder) -> Family:
     Raises MismatchError if it is one already, or of a family that is not known here.
     """
     config = text_config(source)
+    if is_encoder_decoder(source):
+        return ENCODERS[config["model_type"]]
     reaches = reach_of_layers(config)
     if reaches and is_bidirectional(reaches):
         raise MismatchError(
@@ -92,11 +121,16 @@ def family_of(source: ModelFolder) -> Family:
     return FAMILIES[config["model_type"]]
 
 
+def is_encoder_decoder(source: ModelFolder) -> bool:
+    """Whether the model of `source` has an encoder to take out, and a decoder."""
+    # Left out of config.json it is true, as in their classes.
+    return source.family in ("t5gemma", "t5gemma2") and bool(source.config.get("is_encoder_decoder", True))
+
+
 def text_config(source: ModelFolder) -> dict[str, Any]:
-    """The config of the text backbone; the text part of a `gemma3` folder may leave its `model_type` out."""
+    """The config of the text backbone, an encoder-decoder's encoder; `model_type` may be left out there."""
     inner = dict(source.text_config)
-    default = {"gemma3": "gemma3_text"}.get(source.family, source.family)
-    return {"model_type": default, **inner}
+    return {"model_type": _TEXT_PARTS.get(source.family, source.family), **inner}
 
 
 def adapted_config(
@@ -116,7 +150,12 @@ def adapted_config(
 
     given = text_config(source)
     kind = given.pop("model_type")
-    family = FAMILIES[kind]
+    family = family_of(source)
+    if causal and kind in ENCODERS:
+        raise MismatchError(
+            f"{source.path}: the encoder of {source.family} is bidirectional already, with no mask to keep; "
+            "leave out --attention causal"
+        )
     # Read by its own class, so that what the source leaves out is what it means there.
     settings = CONFIG_MAPPING[kind](**{key: value for key, value in given.items() if key != "is_causal"})
     read = settings.to_dict()
@@ -177,7 +216,7 @@ def _older_rope(parameters: Mapping[str, Any], kind: str) -> dict[str, Any]:
             "local_rope_theta": parameters["sliding_attention"]["rope_theta"],
         }
     older: dict[str, Any] = {}
-    if kind == "gemma3_text":
+    if "sliding_attention" in parameters:
         older["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
         parameters = parameters["full_attention"]
     scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
@@ -218,9 +257,8 @@ def map_tensors(
     missing, has another shape, or is in a layer without being known there.
     """
     weights = source.weights()
-    kind = text_config(source)["model_type"]
-    family = FAMILIES[kind]
-    prefix = _prefix(weights, family.table)
+    family = family_of(source)
+    prefix = prefix_of_table(weights, family.part + family.table) + family.part
     problems: list[str] = []
     origins: list[Origin] = []
     used: set[str] = set()
@@ -229,7 +267,7 @@ def map_tensors(
     ).items():
         old = _renumbered(name, keep_layers)
         parts = () if causal else _parts(old, family)
-        names = tuple(prefix + part for part in parts or (old,))
+        names = tuple(prefix + _spelt(part, family) for part in parts or (old,))
         missing = [part for part in names if part not in weights]
         problems += [f"no {part}" for part in missing]
         if missing:
@@ -247,13 +285,19 @@ def map_tensors(
         origins.append(Origin(piece, names, change))
     left_out = tuple(name for name in weights if name not in used)
     problems += [f"unknown {name}" for name in left_out if _belongs(name, prefix, keep_layers, config)]
+    refuse_tensors(source, problems)
+    return TensorMap(tuple(origins), left_out)
+
+
+def refuse_tensors(source: ModelFolder, problems: Collection[str]) -> None:
+    """Raises MismatchError with all `problems` of the tensors of `source`, unless there are none."""
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems)
         count = f"{len(problems)} tensor{'s' if len(problems) != 1 else ''}"
+        kind = text_config(source)["model_type"]
         raise MismatchError(
             f"{source.path}: {count} not as config.json makes a {kind}; download the model again\n{shown}"
         )
-    return TensorMap(tuple(origins), left_out)
 
 
 def _expected(config: Mapping[str, Any], *, rows: int | None) -> dict[str, tuple[int, ...]]:
@@ -268,7 +312,7 @@ def _expected(config: Mapping[str, Any], *, rows: int | None) -> dict[str, tuple
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _prefix(weights: Weights, table: str) -> str:
+def prefix_of_table(weights: Weights, table: str) -> str:
     """What stands before the names of the text model. Raises MismatchError if there is no such model."""
     found = next((name for name in weights if name == table or name.endswith(f".{table}")), None)
     return (weights.spec(table).name if found is None else found).removesuffix(table)
@@ -281,6 +325,13 @@ def _renumbered(name: str, keep_layers: tuple[int, ...]) -> str:
         return name
     number, _, tail = rest.partition(".")
     return f"{head}layers.{keep_layers[int(number)]}.{tail}"
+
+
+def _spelt(name: str, family: Family) -> str:
+    """The name as the source spells it."""
+    for ours, its in family.spellings.items():
+        name = name.replace(f".{ours}.", f".{its}.")
+    return name
 
 
 def _parts(name: str, family: Family) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gemb.errors import GateError
-from gemb.model.adapting.key_maps import FAMILIES, causal_config, split_back
+from gemb.model.adapting.key_maps import FAMILIES, causal_config, is_encoder_decoder, split_back
 from gemb.model.attention import Reach, is_bidirectional, reach_of_layers
 from gemb.model.fallback import quiet
 from gemb.model.folder import ModelFolder, read_folder
@@ -47,7 +47,8 @@ class Proofs:
     """What was seen; differences are between states, as a share of the largest one. All of it passed."""
 
     source_difference: float
-    """With the causal mask kept, to the states that the source gives in its own class."""
+    """With the causal mask kept, to the states that the source gives in its own class; an encoder-decoder's
+    encoder has no mask to keep."""
     class_difference: float | None
     """To the source's class without its mask, where the encoder has another class; else None."""
     implementations: Mapping[str, str]
@@ -60,6 +61,10 @@ class Proofs:
     """After the loaded model is saved by transformers and loaded again."""
     gemb_difference: float
     """To the states of gemb's own encoder."""
+    source_tokens: int | None = None
+    """The longest text for which `source_difference` holds, where the source has other windows; else None."""
+    difference_beyond: float | None = None
+    """To the source for a longer text, then."""
 
     def as_json(self) -> dict[str, object]:
         """For adapt_report.json."""
@@ -90,26 +95,27 @@ def prove(
         raise GateError(f"config.json makes it {'bidirectional' if causal else 'causal'}")
     with torch.inference_mode(), quiet():
         reference = source_model(source, keep_layers)
-        expected = states_of(reference, before)
-        del reference
-        decoder = _decoder(folder, causal_config(config, kind), kind)
-        source_difference = difference_of(states_of(decoder, ids), expected)
-        del decoder
-        check_difference(
-            source_difference,
-            SAME_CLASS,
-            "with the causal mask kept, its states are not the source's",
-        )
         class_difference = None
-        if config["model_type"] != kind:
-            open_config = {**causal_config(config, kind), "is_causal": False}
-            ours, theirs = (
-                states_of(load_encoder(folder), ids),
-                states_of(_decoder(folder, open_config, kind), ids),
-            )
-            class_difference = difference_of(ours, theirs)
-            what = f"its states are not those of {kind} without the causal mask"
-            check_difference(class_difference, SAME_CLASS, what)
+        if is_encoder_decoder(source):
+            beside = compared(load_encoder(folder), reference, kept_ids=kept_ids)
+            del reference
+            what = "its states are not those of the source's encoder"
+            check_difference(beside.difference, OTHER_ORDER, what)
+        else:
+            expected = states_of(reference, before)
+            del reference
+            decoder = _decoder(folder, causal_config(config, kind), kind)
+            beside = Compared(None, difference_of(states_of(decoder, ids), expected), None)
+            del decoder
+            what = "with the causal mask kept, its states are not the source's"
+            check_difference(beside.difference, SAME_CLASS, what)
+            if config["model_type"] != kind:
+                open_config = {**causal_config(config, kind), "is_causal": False}
+                ours = states_of(load_encoder(folder), ids)
+                theirs = states_of(_decoder(folder, open_config, kind), ids)
+                class_difference = difference_of(ours, theirs)
+                what = f"its states are not those of {kind} without the causal mask"
+                check_difference(class_difference, SAME_CLASS, what)
         implementations, padding_difference = seen_by_implementation(
             partial(load_encoder, folder), ids, reaches, causal=causal
         )
@@ -124,14 +130,46 @@ def prove(
     with quiet():
         measured = measured_reaches(model, reaches)
     return Proofs(
-        source_difference,
+        beside.difference,
         class_difference,
         implementations,
         padding_difference,
         measured,
         saved_difference,
         gemb_difference,
+        beside.tokens,
+        beside.beyond,
     )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Two encoders of the same weights; differences are a share of the largest state."""
+
+    tokens: int | None
+    """The longest text for which `difference` holds: that which each window covers; None where they agree."""
+    difference: float
+    beyond: float | None
+    """For a text twice the widest window, where windows differ."""
+
+
+def compared(ours: Any, theirs: Any, *, kept_ids: Sequence[int] | None = None) -> Compared:  # noqa: ANN401
+    """How far the states of two encoders agree; `kept_ids` are the ids of `theirs` by those of `ours`."""
+    config = ours.config.to_dict()
+    reaches, its_reaches = (reach_of_layers(model.config.to_dict()) or () for model in (ours, theirs))
+    sides = [side for reach in (*reaches, *its_reaches) for side in (reach.left, reach.right) if side]
+    longest = min(LONGEST_TOKENS, int(config["max_position_embeddings"]), 2 * max([*sides, TOKENS]))
+    shared = None if reaches == its_reaches else 1 + min(sides)
+
+    def difference(length: int) -> float:
+        ids = probe_ids(int(config["vocab_size"]), length)
+        old = ids if kept_ids is None else torch.tensor(kept_ids)[ids]
+        # Without a mask, T5Gemma takes one token for padding, wherever it stands.
+        mask = torch.ones_like(ids)
+        return difference_of(states_of(ours, ids, mask), states_of(theirs, old, mask))
+
+    same = difference(longest if shared is None else min(shared, longest))
+    return Compared(shared, same, None if shared is None or longest <= shared else difference(longest))
 
 
 def probe_ids(entries: int, length: int) -> Tensor:
@@ -152,8 +190,13 @@ def load_encoder(folder: Path, **options: Any) -> Any:  # noqa: ANN401  # transf
 
 
 def source_model(source: ModelFolder, keep_layers: Sequence[int]) -> Any:  # noqa: ANN401
-    """The source's text model as transformers loads it, without the layers that are left out."""
+    """The source's text model as transformers loads it, without the layers that are left out.
+
+    Of an encoder-decoder, its encoder.
+    """
     model = load_encoder(source.transformer.folder)
+    if is_encoder_decoder(source):
+        model = getattr(model.get_encoder(), "text_model", model.get_encoder())
     model = getattr(model, "language_model", model)
     if keep_layers:
         model.layers = nn.ModuleList(model.layers[layer] for layer in keep_layers)

@@ -1,12 +1,14 @@
 """A safetensors folder made of byte ranges of another one: no tensor is ever in memory.
 
 What an adaptation does to weights is choosing, renaming, laying side by side along the first axis, and
-choosing rows; in a file whose tensors lie row by row all of it is copying ranges of bytes. Imports no torch.
+choosing rows; in a file whose tensors lie row by row all of it is copying ranges of bytes. A tensor that no
+source has is made when its place in the file is reached. Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -39,14 +41,22 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Made:
+    """`size_bytes` bytes that no file has; `make` gives them when they are to be written."""
+
+    size_bytes: int
+    make: Callable[[], bytes]
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """A tensor to write, as bytes of other files in their order."""
+    """A tensor to write, as bytes of other files in their order, or new ones."""
 
     name: str
     dtype: str
     """As safetensors names it."""
     shape: tuple[int, ...]
-    spans: tuple[Span, ...]
+    spans: tuple[Span | Made, ...]
 
     @property
     def size_bytes(self) -> int:
@@ -76,6 +86,11 @@ def rows_of(name: str, spec: TensorSpec, rows: Sequence[int]) -> Piece:
         start = spec.start + numbers[0] * row_bytes
         spans.append(Span(spec.file, start, start + len(numbers) * row_bytes))
     return Piece(name, spec.dtype, (len(rows), *spec.shape[1:]), tuple(spans))
+
+
+def new(name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], bytes]) -> Piece:
+    """A tensor that no source has; `make` gives its bytes, row by row."""
+    return Piece(name, dtype, shape, (Made(math.prod(shape) * ITEM_BYTES[dtype], make),))
 
 
 def write_pieces(pieces: Sequence[Piece], folder: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
@@ -131,6 +146,9 @@ def _write_file(path: Path, pieces: Sequence[Piece]) -> None:
             _write_all(target, memoryview(len(text).to_bytes(8, "little") + text))
             for piece in ordered:
                 for span in piece.spans:
+                    if isinstance(span, Made):
+                        _write_all(target, memoryview(span.make()))
+                        continue
                     if span.file not in sources:
                         sources[span.file] = span.file.open("rb", buffering=0)
                     _copy(sources[span.file], span, target, buffer)
