@@ -148,7 +148,8 @@ def tiny_folder(
 ) -> Path:
     """Make a sentence-transformers folder at `place` around the tiny model `name` of SORTS; gives `place`.
 
-    `pooling` names modes as sentence-transformers 6 does; `dense` holds the keys of a Dense config.json that
+    `pooling` names modes as sentence-transformers 6 does, or one of OWN_MODES, which gives the sizes.
+    `dense` holds the keys of a Dense config.json that
     differ from a square one without bias or activation; `config` overrides keys of the model's config.json.
     `is_old` takes the spelling of EmbeddingGemma's time, else that of sentence-transformers 6.
     """
@@ -167,6 +168,9 @@ def tiny_folder(
         {"idx": index, "name": str(index), "path": path, "type": kinds[kind]}
         for index, (kind, path) in enumerate(steps)
     ]
+    own = OWN_MODES.get(modes[0])
+    if own is not None:
+        entries[1]["type"] = "gemb.Pooling"
     _write(place / "modules.json", entries)
     if is_old:
         flags = {f"pooling_mode_{_FLAGS.get(mode, mode)}": mode in modes for mode in MODES}
@@ -192,6 +196,12 @@ def tiny_folder(
                 "module_output_name": "token_embeddings",
             },
         )
+    if own is not None:
+        settings = {"pooling_mode": modes[0], "embedding_dimension": width, "include_prompt": include_prompt}
+        _write(place / "1_Pooling/config.json", {**settings, **own})
+        tensors = own_tensors(modes[0], width)
+        if tensors:
+            save_file(tensors, place / "1_Pooling/model.safetensors")
     random = torch.Generator().manual_seed(len(dense))
     dims = width * len(modes)
     for index, given in enumerate(dense):
@@ -226,6 +236,29 @@ def tiny_folder(
 
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 """Every pooling mode, in the order in which folders list them."""
+OWN_MODES: Mapping[str, Mapping[str, int]] = {
+    "first-k": {"tokens": 3},
+    "last-k": {"tokens": 3},
+    "attention-query": {"heads": 4},
+    "attention-kv": {"heads": 4, "probes": 6},
+}
+"""The pooling modes that only gemb has, with the sizes that tiny folders have."""
+
+
+def own_tensors(mode: str, width: int) -> dict[str, torch.Tensor]:
+    """Random weights of an attention pooling of that width with the sizes of OWN_MODES; {} for the others."""
+    random = torch.Generator().manual_seed(11)
+    square, probes = (width, width), (OWN_MODES[mode].get("probes", 1), width)
+    shapes: dict[str, dict[str, tuple[int, int]]] = {
+        "attention-query": {"probe": probes, "key": square, "value": square},
+        "attention-kv": {"query": square, "key_probes": probes, "value_probes": probes},
+    }
+    return {
+        f"{name}.weight": torch.randn(shape, generator=random) * (1 if "probe" in name else width**-0.5)
+        for name, shape in shapes.get(mode, {}).items()
+    }
+
+
 _FLAGS = {
     "cls": "cls_token",
     "max": "max_tokens",

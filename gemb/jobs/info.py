@@ -109,6 +109,9 @@ def _model(folder: ModelFolder, asked: str | None, would_run: dict[str, str]) ->
         "layers": None if layers is None else [{"left": one.left, "right": one.right} for one in layers],
         "bidirectional": None if layers is None else is_bidirectional(layers),
         "pooling": list(folder.pooling.modes),
+        "pooling_tokens": folder.pooling.tokens,
+        "pooling_heads": folder.pooling.heads,
+        "pooling_probes": folder.pooling.probes,
         "pooling_includes_prompt": folder.pooling.include_prompt,
         "modules": [module.kind for module in folder.modules],
         "normalizes": folder.normalizes,
@@ -135,7 +138,7 @@ def _parameters(folder: ModelFolder) -> tuple[int, int]:
     """How many numbers the model has, and how many of them in the embedding table; from headers only."""
     total = table = 0
     for module in folder.modules:
-        if module.kind not in ("transformer", "dense", "layer_norm"):
+        if not module.has_weights:
             continue
         weights = module.weights()
         for name in weights:
@@ -160,7 +163,7 @@ def _dims(folder: ModelFolder) -> str:
 
 def _pooling(folder: ModelFolder) -> str:
     pooling = folder.pooling
-    text = " and ".join(pooling.modes)
+    text = pooling.described
     if len(pooling.modes) > 1:
         text += ", one after the other"
     return text if pooling.include_prompt else f"{text}, without the tokens of the prompt"
@@ -199,6 +202,8 @@ def _would_run(folder: ModelFolder, device: str, precision: str, threads: int | 
 def _loads_in(folder: ModelFolder) -> str:
     if not (folder.path / "modules.json").exists():
         return "gemb, transformers, sentence-transformers (which also assumes the pooling)"
+    if folder.pooling.is_own:
+        return "gemb (sentence-transformers has no such pooling), transformers (the backbone alone)"
     types = (folder.path / "modules.json").read_text("utf-8")
     newer = " 6" if ".base.modules." in types or ".sentence_transformer.modules." in types else ""
     return f"gemb, sentence-transformers{newer}, transformers (the backbone alone)"

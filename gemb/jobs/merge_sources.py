@@ -22,7 +22,6 @@ from gemb.model.weights import DTYPE_NAMES, TensorSpec, Weights, read_header
 if TYPE_CHECKING:
     from torch import Tensor
 
-_WITH_WEIGHTS = frozenset({"transformer", "dense", "layer_norm"})
 _NO_MATTER = frozenset({
     "_name_or_path", "architectures", "dtype", "torch_dtype", "id2label", "label2id", "transformers_version",
     "use_cache",
@@ -50,7 +49,7 @@ class Source:
         return {
             _part(self.folder, module.folder): module.weights()
             for module in self.folder.modules
-            if module.kind in _WITH_WEIGHTS
+            if module.has_weights
         }
 
 

@@ -4,9 +4,10 @@ The backbone runs packed where its family is known (`gemb.model.families`), else
 own module. Pooling and the modules after it are fp32 throughout.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +21,8 @@ from gemb.model.families import NotPacked, family
 from gemb.model.folder import DenseSettings, LayerNormSettings, ModelFolder, ModuleSpec
 from gemb.model.kernels import Kernels
 from gemb.model.layout import Layout
-from gemb.model.pooling import LINEAR_MODES, pool
-from gemb.model.weights import DTYPE_NAMES, Weights
+from gemb.model.pooling import LINEAR_MODES, attention_pooling, pool, pool_by_attention
+from gemb.model.weights import DTYPE_NAMES, QUANTISED, Weights
 
 Step = Callable[[Tensor], Tensor]
 """[B, D] -> [B, D'] in fp32."""
@@ -36,6 +37,7 @@ class PackedEncoder:
         self.notes: list[str] = []
         """What runs otherwise than packed, and why."""
         self._modes = folder.pooling.modes
+        self._attention = attention_pooling(folder.modules[1], kernels.device)
         self._include_prompt = folder.pooling.include_prompt
         self.backbone = self._backbone(folder)
         self._steps = _steps(folder.modules[2:], kernels.device)
@@ -68,7 +70,11 @@ class PackedEncoder:
         states, layout = self._run(ids, lengths)
         if not self._projects_late:
             states = self._project(states)
-        vectors = pool(states, layout, self._modes, 0 if self._include_prompt else prompt_tokens)
+        skip = 0 if self._include_prompt else prompt_tokens
+        if self._attention is None:
+            vectors = pool(states, layout, self._modes, skip, few=self.folder.pooling.tokens or 1)
+        else:
+            vectors = pool_by_attention(states, layout, self._attention, skip)
         if self._projects_late:
             each_mode = vectors.view(layout.rows * len(self._modes), self.backbone.width)
             vectors = self._project(each_mode).view(layout.rows, -1)
@@ -95,15 +101,24 @@ class PackedEncoder:
 
 
 def _check_dtypes(folder: ModelFolder, weights: Weights) -> None:
-    """Raises MismatchError if the weights of the backbone are quantised: numbers that mean nothing alone."""
-    quantised = [name for name in weights if weights.spec(name).dtype not in DTYPE_NAMES and "weight" in name]
-    if not quantised and not folder.config.get("quantization_config"):
+    """Raises MismatchError if the weights of the backbone are quantised in a way that gemb does not know."""
+    known = DTYPE_NAMES.keys() | QUANTISED.keys()
+    quantised = [name for name in weights if weights.spec(name).dtype not in known and "weight" in name]
+    settings = folder.config.get("quantization_config")
+    if not quantised and (not settings or _is_packed(settings, weights)):
         return
     seen = f" ({quantised[0]} is {weights.spec(quantised[0]).dtype})" if quantised else ""
     raise MismatchError(
         f"{folder.transformer.folder / 'config.json'}: the weights are quantised{seen}, which gemb does not "
         "compute with; use the model that they were made from"
     )
+
+
+def _is_packed(settings: Mapping[str, Any], weights: Weights) -> bool:
+    """Whether `settings` are those of transformers' packed Gemma layout in 4 and 8 bits, which gemb reads."""
+    each = [settings, *(settings.get("module_quant_configs") or {}).values()]
+    bits = {one.get("num_bits", settings.get("num_bits", 4)) for one in each}
+    return settings.get("quant_method") == "gemma" and bits <= {4, 8} and weights.is_quantised
 
 
 def _steps(modules: Sequence[ModuleSpec], device: str) -> list[Step]:

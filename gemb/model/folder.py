@@ -6,15 +6,16 @@ Nothing here imports torch or runs code of the folder; what gemb does not know i
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import orjson
 
 from gemb.errors import MismatchError, UnavailableError
+from gemb.model.grid_weights import GGUF_FILE, GgufWeights
 from gemb.model.identity import content_digest
-from gemb.model.weights import Weights
+from gemb.model.weights import Weights, has_safetensors
 
 __all__ = [
     "DenseSettings",
@@ -28,7 +29,10 @@ __all__ = [
     "read_folder",
 ]
 
-PoolingMode: TypeAlias = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
+OwnPoolingMode: TypeAlias = Literal["first-k", "last-k", "attention-query", "attention-kv"]
+PoolingMode: TypeAlias = Literal[
+    "cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", OwnPoolingMode
+]
 ModuleKind: TypeAlias = Literal["transformer", "pooling", "dense", "layer_norm", "normalize"]
 
 # In the order in which sentence-transformers concatenates several modes.
@@ -47,6 +51,10 @@ _KINDS: Mapping[str, ModuleKind] = {
     "LayerNorm": "layer_norm",
     "Normalize": "normalize",
 }
+OWN_POOLINGS: tuple[OwnPoolingMode, ...] = get_args(OwnPoolingMode)
+"""What no module of sentence-transformers computes; see `gemb.model.pooling`."""
+OWN_POOLING_TYPE = "gemb.Pooling"
+"""The type that modules.json gives them; there is no such class, so that nothing else runs such a folder."""
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid")
 """The activations of a Dense module that gemb computes, by their class name in torch.nn."""
 
@@ -86,6 +94,37 @@ class PoolingSettings:
     """Whether the tokens of the prompt take part."""
     width: int | None
     """D of the token states as the folder declares it; None if it does not."""
+    tokens: int | None = None
+    """K of first-k and last-k."""
+    heads: int | None = None
+    """H of attention pooling."""
+    probes: int | None = None
+    """P of attention-kv."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether only gemb computes it."""
+        return self.modes[0] in OWN_POOLINGS
+
+    @property
+    def described(self) -> str:
+        """The modes and their sizes in words."""
+        sizes = {"tokens": self.tokens, "heads": self.heads, "probes": self.probes}
+        given = [f"{size:,} {name}" for name, size in sizes.items() if size is not None]
+        return " and ".join(self.modes) + (f" of {', '.join(given)}" if given else "")
+
+    def shapes(self, width: int) -> dict[str, tuple[int, int]]:
+        """Shape of each tensor of attention pooling on states[T, width], by name; {} for the other modes."""
+        square = (width, width)
+        match self.modes[0]:
+            case "attention-query":
+                return {"probe.weight": (1, width), "key.weight": square, "value.weight": square}
+            case "attention-kv":
+                probes = (self.probes or 0, width)
+                return {
+                    "query.weight": square, "key_probes.weight": probes, "value_probes.weight": probes,
+                }  # fmt: skip
+        return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +154,21 @@ class ModuleSpec:
     folder: Path
     """Where its files are; need not exist for normalize."""
     settings: PoolingSettings | DenseSettings | LayerNormSettings | None = None
+    gguf: Path | None = None
+    """The model.gguf that holds the weights of all modules; None where each has its own."""
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it has tensors of its own."""
+        if isinstance(self.settings, PoolingSettings):
+            return self.settings.heads is not None
+        return self.kind in {"transformer", "dense", "layer_norm"}
 
     def weights(self) -> Weights:
-        """The tensors of a transformer, dense or layer_norm module; headers are read now."""
-        return Weights.read(self.folder)
+        """The tensors of a module that has any; headers are read now."""
+        if self.gguf is None:
+            return Weights.read(self.folder)
+        return GgufWeights.of_module(self.gguf, self.folder)
 
 
 @dataclass(frozen=True)
@@ -180,6 +230,8 @@ class ModelFolder:
 def read_folder(path: Path) -> ModelFolder:
     """The model folder at `path`, read and checked; headers of weights are looked at, tensors are not.
 
+    Weights are model.safetensors of each module, or one model.gguf that `gemb quantize` wrote.
+
     Raises UnavailableError (7) if something is missing or damaged, MismatchError (5) if a part is unknown.
     """
     if not path.is_dir():
@@ -196,10 +248,14 @@ def read_folder(path: Path) -> ModelFolder:
         modules = _bare_modules(path, config, notes)
     else:
         modules = _modules(entries, path / "modules.json", notes)
+    if (path / GGUF_FILE).exists() and not has_safetensors(backbone):
+        modules = tuple(replace(module, gguf=path / GGUF_FILE) for module in modules)
     width = _hidden_width(config)
     dims = _check_widths(modules, width, path)
     for module in modules:
-        if module.kind in {"transformer", "dense", "layer_norm"}:
+        if module.kind == "pooling" and module.has_weights:
+            _check_pooling_weights(module)
+        elif module.has_weights:
             module.weights()
     prompts = _prompts(declared, path / "config_sentence_transformers.json")
     default = declared.get("default_prompt_name")
@@ -237,7 +293,7 @@ def fingerprint(folder: ModelFolder) -> str:
     card do not. The weights are read once and the result is remembered (see gemb.model.identity).
     Raises UnavailableError if a weight is NaN or infinite, or a file cannot be read.
     """
-    weights = [module.weights() for module in folder.modules if _has_weights(module)]
+    weights = [module.weights() for module in folder.modules if module.has_weights]
     tokenizer = folder.tokenizer_folder / "tokenizer.json"
     others = [tokenizer] if tokenizer.exists() else _tokenizer_files(folder.tokenizer_folder)
     tokenizer_config = _read_object(folder.tokenizer_folder / "tokenizer_config.json", required=False)
@@ -257,10 +313,6 @@ def fingerprint(folder: ModelFolder) -> str:
         },
     }
     return content_digest(weights, others, settings)
-
-
-def _has_weights(module: ModuleSpec) -> bool:
-    return module.kind in {"transformer", "dense", "layer_norm"}
 
 
 # --- modules --------------------
@@ -288,8 +340,9 @@ def _module_entries(path: Path) -> list[tuple[str, Path]] | None:
     known = ", ".join(_KINDS)
     for kind, _ in entries:
         name = str(kind).rpartition(".")[2]
-        theirs = str(kind).startswith("sentence_transformers.")
-        if not theirs:
+        if kind == OWN_POOLING_TYPE:
+            continue
+        if not str(kind).startswith("sentence_transformers."):
             raise MismatchError(
                 f"{file}: the module {kind} is code of the folder's author, which gemb never runs; "
                 f"gemb knows {known}"
@@ -316,7 +369,8 @@ def _modules(entries: list[tuple[str, Path]], file: Path, notes: list[str]) -> t
         kind = _KINDS[name]
         settings: PoolingSettings | DenseSettings | LayerNormSettings | None = None
         if kind == "pooling":
-            settings = _pooling(place / "config.json")
+            is_own = type_name == OWN_POOLING_TYPE
+            settings = (_own_pooling if is_own else _pooling)(place / "config.json")
         elif kind == "dense":
             settings = _dense(place / "config.json")
         elif kind == "layer_norm":
@@ -380,6 +434,41 @@ def _pooling(file: Path) -> PoolingSettings:
         include_prompt=bool(settings.get("include_prompt", True)),
         width=width if isinstance(width, int) else None,
     )
+
+
+def _own_pooling(file: Path) -> PoolingSettings:
+    """Settings of a pooling that only gemb computes."""
+    settings = _read_object(file)
+    mode = settings.get("pooling_mode")
+    if mode not in OWN_POOLINGS:
+        raise MismatchError(
+            f"{file}: gemb does not know the pooling {mode!r}; of its own it knows {', '.join(OWN_POOLINGS)}"
+        )
+    width = _positive(settings, "embedding_dimension", file)
+    takes_some = mode in ("first-k", "last-k")
+    heads = None if takes_some else _positive(settings, "heads", file)
+    if heads is not None and width % heads:
+        raise MismatchError(f"{file}: {heads} heads do not divide the {width} numbers of a token")
+    return PoolingSettings(
+        (mode,),
+        include_prompt=bool(settings.get("include_prompt", True)),
+        width=width,
+        tokens=_positive(settings, "tokens", file) if takes_some else None,
+        heads=heads,
+        probes=_positive(settings, "probes", file) if mode == "attention-kv" else None,
+    )
+
+
+def _check_pooling_weights(module: ModuleSpec) -> None:
+    """Raises MismatchError where the tensors of attention pooling are not those of its settings."""
+    pooling = cast(PoolingSettings, module.settings)
+    weights = module.weights()
+    for name, shape in pooling.shapes(cast(int, pooling.width)).items():
+        if weights.shape(name) != shape:
+            raise MismatchError(
+                f"{weights.spec(name).file}: {name} is {list(weights.shape(name))}, "
+                f"not {list(shape)} as in {module.folder / 'config.json'}"
+            )
 
 
 def _dense(file: Path) -> DenseSettings:
@@ -672,11 +761,11 @@ def _positive(settings: Mapping[str, Any], key: str, file: Path) -> int:
 
 
 def _plain(settings: PoolingSettings | DenseSettings | LayerNormSettings | None) -> dict[str, Any] | None:
-    """Settings as JSON values; a pooling's width is left out, since the backbone has it."""
+    """Settings as JSON values: without what is not set, and a pooling's width, which the backbone has."""
     if settings is None:
         return None
-    names = [name for name in settings.__slots__ if name != "width"]
-    return {name: getattr(settings, name) for name in names}
+    values = {name: getattr(settings, name) for name in settings.__slots__ if name != "width"}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _without_noise(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from gemb.files import atomic_write, read_json, write_json
+from gemb.model.folder import read_folder
 from gemb.recipe import resolved
 from gemb.training.data_recipe import PromptText
 from gemb.training.recipe import TrainRecipe
@@ -84,9 +85,7 @@ def _usage(folder: Path, record: Mapping[str, Any]) -> str:
     sizes = record["matryoshka_dims"]
     lines = [
         "## Use",
-        "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
-        f'model = SentenceTransformer("{record["output"]}")\n'
-        'vectors = model.encode(["a first text", "a second one"])\n```',
+        _python(folder, str(record["output"])),
         f"```sh\ngemb embed docs.jsonl -o docs.npy --model {record['output']}\n```",
     ]
     if prompts:
@@ -95,6 +94,17 @@ def _usage(folder: Path, record: Mapping[str, Any]) -> str:
     if len(sizes) > 1:
         lines.append(f"Vectors may be cut to {', '.join(map(str, sizes[1:]))} dims and normalised again.")
     return "\n\n".join(lines)
+
+
+def _python(folder: Path, output: str) -> str:
+    if read_folder(folder).pooling.is_own:
+        load, embed = "from gemb import Encoder\n\nmodel = Encoder.load", "embed"
+        note = "\n\nsentence-transformers has no such pooling and refuses the folder; gemb runs it."
+    else:
+        load = "from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer"
+        embed, note = "encode", ""
+    call = f'vectors = model.{embed}(["a first text", "a second one"])'
+    return f'```python\n{load}("{output}")\n{call}\n```{note}'
 
 
 def _scores(record: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from gemb.model.folder import (
 )
 from gemb.model.identity import content_digest
 from gemb.model.weights import TensorSpec
+from tests.models import OWN_MODES, tiny_folder
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -643,3 +644,77 @@ def test_an_unknown_tensor_name_comes_with_near_ones(make_folder: FolderMaker) -
     weights = read_folder(make_folder()).weights()
     with pytest.raises(MismatchError, match=r"has no tensor x\.LayerNorm\.bias; near it: .*\.bias"):
         weights.spec("x.LayerNorm.bias")
+
+
+# --- poolings that only gemb has
+
+
+@pytest.mark.parametrize("mode", OWN_MODES)
+def test_a_pooling_of_gemb_is_read_with_its_sizes(mode: str, tmp_path: Path) -> None:
+    folder = read_folder(tiny_folder(tmp_path / "model", pooling=mode))
+    assert folder.pooling == PoolingSettings(
+        (mode,),  # type: ignore[arg-type]
+        include_prompt=True,
+        width=64,
+        **OWN_MODES[mode],
+    )
+    assert folder.dims == 64
+    assert folder.modules[1].has_weights == mode.startswith("attention")
+
+
+def test_the_fingerprint_depends_on_sizes_and_weights_of_the_pooling(tmp_path: Path) -> None:
+    seen = {
+        fingerprint(read_folder(tiny_folder(tmp_path / mode, pooling=mode))) for mode in ("mean", *OWN_MODES)
+    }
+    changes: dict[str, int]
+    for mode, changes in (
+        ("first-k", {"tokens": 4}),
+        ("attention-query", {"heads": 2}),
+        ("attention-kv", {"heads": 8}),
+    ):
+        place = tiny_folder(tmp_path / f"other-{mode}", pooling=mode)
+        patch(place / "1_Pooling/config.json", **changes)
+        seen.add(fingerprint(read_folder(place)))
+    tensors = load_file(place / "1_Pooling/model.safetensors")
+    tensors["value_probes.weight"] = tensors["value_probes.weight"] + 1
+    save_file(tensors, place / "1_Pooling/model.safetensors")
+    seen.add(fingerprint(read_folder(place)))
+    assert len(seen) == 9
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes", "told"),
+    [
+        (
+            "first-k",
+            {"pooling_mode": "middle-k"},
+            "gemb does not know the pooling 'middle-k'; of its own it knows first-k, last-k, "
+            "attention-query, attention-kv",
+        ),
+        ("attention-query", {"heads": 5}, "5 heads do not divide the 64 numbers of a token"),
+        ("first-k", {"tokens": 0}, "tokens is 0, not a positive whole number"),
+        ("attention-kv", {"probes": None}, "probes is None, not a positive whole number"),
+    ],
+)
+def test_settings_of_a_pooling_that_cannot_be_are_told(
+    mode: str, changes: dict[str, object], told: str, tmp_path: Path
+) -> None:
+    place = tiny_folder(tmp_path / "model", pooling=mode)
+    patch(place / "1_Pooling/config.json", **changes)
+    with pytest.raises(GembError) as error:
+        read_folder(place)
+    assert str(error.value) == f"{place / '1_Pooling/config.json'}: {told}"
+
+
+def test_weights_of_a_pooling_that_do_not_fit_its_settings_are_told(tmp_path: Path) -> None:
+    place = tiny_folder(tmp_path / "model", pooling="attention-kv")
+    patch(place / "1_Pooling/config.json", probes=7)
+    with pytest.raises(MismatchError) as error:
+        read_folder(place)
+    assert str(error.value) == (
+        f"{place / '1_Pooling/model.safetensors'}: key_probes.weight is [6, 64], not [7, 64] as in "
+        f"{place / '1_Pooling/config.json'}"
+    )
+    (place / "1_Pooling/model.safetensors").unlink()
+    with pytest.raises(UnavailableError, match="1_Pooling has no weights"):
+        read_folder(place)

@@ -21,7 +21,17 @@ from gemb.model.encoder import PackedEncoder
 from gemb.model.folder import read_folder
 from gemb.model.kernels import Kernels
 from gemb.model.trainable import TrainableEncoder
-from tests.models import MODES, PROMPT_TOKENS, PROMPTS, SORTS, packed, random_texts, tiny_folder, tiny_model
+from tests.models import (
+    MODES,
+    OWN_MODES,
+    PROMPT_TOKENS,
+    PROMPTS,
+    SORTS,
+    packed,
+    random_texts,
+    tiny_folder,
+    tiny_model,
+)
 
 TRAINED = [name for name, sort in SORTS.items() if sort.is_packed and name != "embedding_gemma2"]
 TEXTS = random_texts((1, 5, 5, 20, 44, 60, 2, 13))
@@ -123,7 +133,7 @@ def test_gradients_in_float64_equal_those_of_transformers_to_ten_digits(
     assert relative_difference(gradients(model, vectors), gradients(reference, expected)) < 1e-10
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, *OWN_MODES])
 @pytest.mark.parametrize("include_prompt", [True, False])
 def test_every_pooling_gives_the_vectors_of_the_packed_encoder(
     tmp_path: Path, mode: str, include_prompt: bool
@@ -145,7 +155,7 @@ def test_every_pooling_gives_the_vectors_of_the_packed_encoder(
     torch.testing.assert_close(vectors, expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, *OWN_MODES])
 def test_each_text_leaves_its_own_prompt_out(tmp_path: Path, mode: str) -> None:
     folder = tiny_folder(tmp_path / "model", pooling=mode, include_prompt=False)
     model = trainable(folder)
@@ -184,7 +194,7 @@ def test_dense_modules_get_the_gradients_of_finite_differences(
     check_direction(model, *ids_of(folder))
 
 
-@pytest.mark.parametrize("mode", ["max", "weightedmean", "lasttoken"])
+@pytest.mark.parametrize("mode", ["max", "weightedmean", "lasttoken", *OWN_MODES])
 def test_poolings_have_the_gradients_of_finite_differences(tmp_path: Path, mode: str) -> None:
     folder = tiny_folder(tmp_path / "model", pooling=mode, include_prompt=False)
     ids, lengths = ids_of(folder)

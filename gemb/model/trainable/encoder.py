@@ -1,6 +1,7 @@
 """A model folder ready to be trained: packed token ids in, vectors with a graph out."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,10 +15,11 @@ from gemb.errors import MismatchError
 from gemb.model.families import FAMILIES, NotPacked
 from gemb.model.folder import DenseSettings, LayerNormSettings, ModelFolder, ModuleSpec
 from gemb.model.layout import Layout
+from gemb.model.pooling import tensor_names, with_tensors
 from gemb.model.trainable import bert, gated
 from gemb.model.trainable.blocks import Computation, Recompute, TrainableBackbone
 from gemb.model.trainable.parameters import ParameterTree, Tensors
-from gemb.model.trainable.pooling import pool
+from gemb.model.trainable.pooling import pool, pool_by_attention
 from gemb.model.trainable.quantised import FakeQuantisation
 from gemb.model.trainable.saving import SavedDtype, save_folder
 from gemb.quantization.roles import WeightFormat
@@ -25,6 +27,8 @@ from gemb.quantization.roles import WeightFormat
 Precision = Literal["fp32", "bf16"]
 Step = Callable[[Tensor], Tensor]
 """[B, D] -> [B, D']."""
+Pool = Callable[[Tensor, Layout, NDArray[np.int32], NDArray[np.int32]], Tensor]
+"""states[T, D], how the texts lie, their lengths[B] and the tokens of each that take no part -> [B, D']."""
 
 _BUILDERS: Mapping[str, Callable[[Mapping[str, Any], ParameterTree], TrainableBackbone]] = {
     "bert": bert.bert,
@@ -48,11 +52,11 @@ class TrainableEncoder(nn.Module):
         super().__init__()
         self.folder = folder
         self.computation = computation
-        self._modes = folder.pooling.modes
         self._include_prompt = folder.pooling.include_prompt
         self._trees = {folder.transformer.folder: ""}
         config = {"model_type": folder.family, **folder.text_config}
         self._backbone = _backbone(folder, config, ParameterTree(self, folder.weights()))
+        self._pool = self._pooling(folder.modules[1], folder.path)
         self._steps = [
             step for module in folder.modules[2:] if (step := self._step(module, folder.path)) is not None
         ]
@@ -114,7 +118,7 @@ class TrainableEncoder(nn.Module):
         layout = Layout.of(sizes, device=str(device))
         self.computation.trains = self.training
         states = self._backbone.forward(ids.to(device).long(), layout, self.computation)
-        vectors = pool(states, layout, sizes, skip, self._modes)
+        vectors = self._pool(states, layout, sizes, skip)
         for step in self._steps:
             vectors = step(vectors)
         return vectors[torch.from_numpy(np.argsort(order)).to(device)]
@@ -144,14 +148,34 @@ class TrainableEncoder(nn.Module):
         self._backbone.fuse()
         return self
 
+    def _pooling(self, module: ModuleSpec, root: Path) -> Pool:
+        """The pooling; what attention pooling has learnt becomes parameters."""
+        settings = self.folder.pooling
+        if not module.has_weights:
+            return partial(pool, modes=settings.modes, few=settings.tokens or 1)
+        tree = self._tree(module, root)
+        layers = {name: tree.layer(name) for name in tensor_names(settings)}
+
+        def pool_attending(
+            states: Tensor, layout: Layout, lengths: NDArray[np.int32], skip: NDArray[np.int32]
+        ) -> Tensor:
+            tensors = {name: layer.matrix for name, layer in layers.items()}
+            return pool_by_attention(states, layout, lengths, skip, with_tensors(settings, tensors))
+
+        return pool_attending
+
+    def _tree(self, module: ModuleSpec, root: Path) -> ParameterTree:
+        """Makes the parameters of a module other than the backbone."""
+        prefix = f"{module.folder.relative_to(root).as_posix()}."
+        self._trees[module.folder] = prefix
+        return ParameterTree(self, module.weights(), prefix)
+
     def _step(self, module: ModuleSpec, root: Path) -> Step | None:
         """One module after pooling."""
         settings = module.settings
         if module.kind == "normalize":
             return F.normalize
-        prefix = f"{module.folder.relative_to(root).as_posix()}."
-        self._trees[module.folder] = prefix
-        tree = ParameterTree(self, module.weights(), prefix)
+        tree = self._tree(module, root)
         if isinstance(settings, DenseSettings):
             return _dense(settings, tree)
         if isinstance(settings, LayerNormSettings):
