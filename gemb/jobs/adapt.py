@@ -45,7 +45,14 @@ class AdaptRecipe(Recipe):
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     """Whether a token sees the whole text, or, as before, only what stands before it."""
     pooling: Pooling = "mean"
-    """How the states of the tokens become one vector."""
+    """How the states of the tokens become one vector. What sentence-transformers has no module for (first-k,
+    last-k, attention-query, attention-kv) is run by gemb alone, and the folder says so."""
+    pool_tokens: int | None = Field(default=None, ge=1)
+    """How many tokens first-k and last-k take the mean of."""
+    pool_heads: int = Field(default=4, ge=1)
+    """Heads of attention pooling."""
+    pool_probes: int = Field(default=128, ge=2)
+    """Learnt keys and values of attention-kv. Their number is not published; 128 is ours."""
     projections: tuple[int, ...] = ()
     """Widths of linear layers behind the pooling, with random weights; such as 3072,768."""
     normalise: bool = True
@@ -100,9 +107,24 @@ class AdaptRecipe(Recipe):
             raise ValueError(f"projections is {list(self.projections)}; a width is 1 or more")
         if self.vocabulary is not None and not self.keep_vocab:
             raise ValueError("vocabulary is counted over the texts of keep_vocab; give those, too")
-        if self.attention == "causal" and self.pooling == "cls":
+        if self.attention == "causal" and self.pooling in ("cls", "first-k"):
             raise ValueError("the first token of a causal model has seen nothing; choose another pooling")
+        self._check_pooling()
         return self
+
+    def _check_pooling(self) -> None:
+        """Raises ValueError for a size that the pooling lacks or does not have."""
+        takes_some = self.pooling in ("first-k", "last-k")
+        if takes_some and self.pool_tokens is None:
+            raise ValueError(f"{self.pooling} needs pool_tokens, the number of tokens it takes")
+        readers = {
+            "pool_tokens": takes_some,
+            "pool_heads": self.pooling.startswith("attention-"),
+            "pool_probes": self.pooling == "attention-kv",
+        }
+        for key, is_read in readers.items():
+            if key in self.model_fields_set and getattr(self, key) is not None and not is_read:
+                raise ValueError(f"{key} has no meaning for the pooling {self.pooling}; leave it out")
 
 
 def plan(recipe: AdaptRecipe) -> Plan:
@@ -186,6 +208,9 @@ def _adaptation(recipe: AdaptRecipe, source: ModelFolder) -> Adaptation:
     wanted = Wanted(
         causal=recipe.attention == "causal",
         pooling=recipe.pooling,
+        pool_tokens=recipe.pool_tokens,
+        pool_heads=recipe.pool_heads,
+        pool_probes=recipe.pool_probes,
         projections=recipe.projections,
         normalise=recipe.normalise,
         prompts=recipe.prompts,
@@ -309,11 +334,13 @@ def _rows(adaptation: Adaptation) -> list[tuple[str, str]]:
         ("source", f"{adaptation.source.path} ({adaptation.kind})"),
         ("becomes", f"{architecture} of transformers, no code in the folder"),
         ("attention", "causal" if reaches is None else describe(reaches)),
-        ("pooling", f"{wanted.pooling}{', then unit length' if wanted.normalise else ''}"),
+        ("pooling", f"{adaptation.pooling.described}{', then unit length' if wanted.normalise else ''}"),
         ("dims", " → ".join(map(str, widths))),
         ("max length", f"{adaptation.max_tokens:,} tokens"),
         ("weights", f"{readable_bytes(adaptation.size_bytes)}, copied as they are"),
     ]
+    if adaptation.pooling.is_own:
+        rows.append(("", "which gemb runs and sentence-transformers refuses; README.md says so"))
     if wanted.prompts:
         rows.append(("prompts", "\n".join(f"{name}: {text}" for name, text in wanted.prompts.items())))
     if wanted.dropout:

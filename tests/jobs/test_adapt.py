@@ -4,13 +4,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from gemb import Encoder
 from gemb.errors import GembError, MismatchError
-from gemb.jobs import train
+from gemb.jobs import info, train
 from gemb.jobs.adapt import AdaptRecipe, plan, run
 from gemb.model.folder import read_folder
 from gemb.recipe import load, shipped_recipes
@@ -100,6 +102,16 @@ def test_an_encoder_is_cut_but_not_adapted(models: Path, tmp_path: Path) -> None
             {"attention": "causal", "pooling": "cls"},
             "the first token of a causal model has seen nothing; choose another pooling",
         ),
+        (
+            {"attention": "causal", "pooling": "first-k", "pool_tokens": 4},
+            "the first token of a causal model has seen nothing; choose another pooling",
+        ),
+        ({"pooling": "last-k"}, "last-k needs pool_tokens, the number of tokens it takes"),
+        ({"pool_tokens": 3}, "pool_tokens has no meaning for the pooling mean; leave it out"),
+        (
+            {"pooling": "attention-query", "pool_probes": 9},
+            "pool_probes has no meaning for the pooling attention-query; leave it out",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_told(changes: dict[str, object], message: str) -> None:
@@ -133,6 +145,40 @@ def test_the_command_adapts_and_refuses_to_write_twice(
     for again in (gemb(*words), gemb(*words, "--dry-run")):
         assert (again.code, again.out) == (2, "")
         assert again.err == f"gemb: {output} exists; choose another path for the model, or move it away\n"
+
+
+@pytest.mark.parametrize("mode", ["attention-query", "attention-kv"])
+def test_an_attention_pooling_is_adapted_trained_and_embedded_with(
+    gemb: Callable[..., Finished], mode: str, models: Path, tmp_path: Path
+) -> None:
+    words = ["--pooling", mode, "--pool-heads", "2", "--json"]
+    done = gemb("adapt", models / "decoder", "-o", tmp_path / "encoder", *words)
+    assert done.code == 0, done.err
+    rows = [{"query": f"w{n} w{n + 1}", "positive": f"w{n} w{n + 2} w9"} for n in range(10, 26)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    changes = [f"data.0.path={pairs}", "batch.pairs=8", "steps=2", "threads=1", "precision=fp32"]
+    given = {"model": str(tmp_path / "encoder"), "output": tmp_path / "tuned"}
+    train.run(load("gemma_encoder/2-finetune", train.TrainRecipe, changes, given))
+    before, after = (
+        load_file(tmp_path / name / "1_Pooling/model.safetensors") for name in ("encoder", "tuned")
+    )
+    assert set(before) == set(after)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    told = info.run(str(tmp_path / "tuned"))
+    rows_told = dict(told.rows)
+    assert rows_told["pooling"].startswith(f"{mode} of 2 heads")
+    assert rows_told["loads in"].startswith("gemb (sentence-transformers has no such pooling)")
+    assert told.data["pooling_heads"] == 2
+    counted = sum(tensor.numel() for tensor in load_file(tmp_path / "tuned/model.safetensors").values())
+    assert told.data["parameters"] == counted + sum(tensor.numel() for tensor in after.values())
+    card = (tmp_path / "tuned" / "README.md").read_text()
+    assert "from gemb import Encoder" in card
+    assert "SentenceTransformer" not in card
+    vectors = Encoder.load(tmp_path / "tuned").embed(["w10 w11", "w12"])
+    assert vectors.shape == (2, 64)
+    others = Encoder.load(tmp_path / "encoder").embed(["w10 w11", "w12"])
+    assert np.abs(vectors - others).max() > 1e-4
 
 
 def test_help_shows_an_example(gemb: Callable[..., Finished]) -> None:

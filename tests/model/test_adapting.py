@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentence_transformers
 import torch
 import transformers
 from safetensors import safe_open
@@ -361,6 +362,72 @@ def test_dropout_prompts_pooling_and_length_are_written(made: Made, tmp_path: Pa
     assert (folder.prompts, folder.default_prompt, folder.max_tokens) == ({"query": "w9 "}, "query", 20)
 
 
+OWN_POOLINGS: Mapping[str, dict[str, Any]] = {
+    "first-k": {"pool_tokens": 3},
+    "last-k": {"pool_tokens": 2},
+    "attention-query": {"pool_heads": 8},
+    "attention-kv": {"pool_probes": 6},
+}
+
+
+@pytest.mark.parametrize("mode", OWN_POOLINGS)
+def test_a_pooling_of_gemb_alone_is_written_so_that_nothing_else_runs_it(
+    mode: str, made: Made, tmp_path: Path
+) -> None:
+    wanted = Wanted(pooling=mode, projections=(32,), **OWN_POOLINGS[mode])  # type: ignore[arg-type]
+    adapted = write(plan(read_folder(made("llama")[0]), wanted), tmp_path / "out")
+    folder = read_folder(tmp_path / "out")
+    pooling = folder.pooling
+    assert (pooling.modes, pooling.is_own) == ((mode,), True)
+    assert pooling.tokens == OWN_POOLINGS[mode].get("pool_tokens")
+    if mode.startswith("attention"):
+        assert pooling.heads == OWN_POOLINGS[mode].get("pool_heads", 4)
+        tensors = load_file(tmp_path / "out" / "1_Pooling" / "model.safetensors")
+        shapes = {f"1_Pooling/{name}": tuple(tensor.shape) for name, tensor in tensors.items()}
+        assert shapes.items() <= adapted.new.items()
+        for name, tensor in tensors.items():
+            if "probe" in name:
+                assert 0.7 < tensor.std() < 1.3
+            else:
+                assert 0.12 < tensor.abs().max() <= 1 / 8
+    notice = (tmp_path / "out" / "README.md").read_text()
+    assert pooling.described in notice
+    assert "sentence-transformers\nrefuses this folder" in notice
+    with pytest.raises(ValueError, match=r"references the module class 'gemb\.Pooling'"):
+        sentence_transformers.SentenceTransformer(str(tmp_path / "out"))
+    with pytest.raises(ImportError, match='Module "gemb" does not define a "Pooling"'):
+        sentence_transformers.SentenceTransformer(str(tmp_path / "out"), trust_remote_code=True)
+    ids, lengths, _ = packed(tmp_path / "out", random_texts([9, 4]))
+    assert PackedEncoder(folder, Kernels("cpu", torch.float32)).forward(ids, lengths).shape == (2, 32)
+
+
+def test_weights_of_a_pooling_follow_from_the_seed_alone(made: Made, tmp_path: Path) -> None:
+    found = []
+    for name, seed in (("one", 42), ("same", 42), ("other", 7)):
+        wanted = Wanted(pooling="attention-kv", seed=seed)
+        write(plan(read_folder(made("llama")[0]), wanted), tmp_path / name)
+        found.append(load_file(tmp_path / name / "1_Pooling" / "model.safetensors")["value_probes.weight"])
+    assert found[0].shape == (128, 64)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(("mode", "standard"), [("first-k", "cls"), ("last-k", "lasttoken")])
+def test_one_token_is_the_mode_that_sentence_transformers_has(
+    mode: str, standard: str, made: Made, tmp_path: Path
+) -> None:
+    wanted = Wanted(pooling=mode, pool_tokens=1)  # type: ignore[arg-type]
+    write(plan(read_folder(made("gemma3_text")[0]), wanted), tmp_path / "out")
+    folder = read_folder(tmp_path / "out")
+    assert folder.pooling.modes == (standard,)
+    texts = random_texts([9, 4])
+    expected = sentence_transformers.SentenceTransformer(str(tmp_path / "out")).encode(texts)
+    ids, lengths, rows = packed(tmp_path / "out", texts)
+    vectors = PackedEncoder(folder, Kernels("cpu", torch.float32)).forward(ids, lengths)[rows]
+    assert np.abs(vectors.numpy() - expected).max() < 1e-6
+    assert not (tmp_path / "out" / "README.md").exists()
+
+
 def test_an_adapted_folder_can_be_trained(made: Made) -> None:
     for family in ("gemma3_text", "llama"):
         encoder = TrainableEncoder.load(read_folder(made(family)[1]))
@@ -550,6 +617,9 @@ def test_settings_that_do_not_fit_are_refused(made: Made, tmp_path: Path) -> Non
     )
     assert str(refused(source, Wanted(prompts={"query": "q"}, default_prompt="document"))) == (
         "default_prompt is 'document', but the prompts are query"
+    )
+    assert str(refused(source, Wanted(pooling="attention-query", pool_heads=5))) == (
+        "pool_heads is 5, which does not divide the 64 numbers of a token; choose another"
     )
     quantised = changed(source, tmp_path / "quantised", quantization_config={"bits": 4})
     assert str(refused(quantised)).startswith(f"{quantised / 'config.json'}: the weights are quantised")

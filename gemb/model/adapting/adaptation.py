@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from gemb.errors import GateError, GembError, MismatchError
 from gemb.files import check_writable, write_json
-from gemb.model.adapting.folder import Pooling, write_modules, write_tokenizer_files
+from gemb.model.adapting.folder import Pooling, pooling_of, write_modules, write_tokenizer_files
 from gemb.model.adapting.key_maps import TensorMap, adapted_config, family_of, map_tensors, text_config
 from gemb.model.adapting.streaming import SHARD_BYTES, write_pieces
-from gemb.model.folder import ModelFolder
+from gemb.model.folder import ModelFolder, PoolingSettings
 from gemb.model.pruned import check_layers, vocabulary_for
 from gemb.model.vocabulary import CutVocabulary
 from gemb.text.tokenisation import Tokeniser
@@ -35,6 +35,12 @@ class Wanted:
     causal: bool = False
     """Keep the decoder's mask."""
     pooling: Pooling = "mean"
+    pool_tokens: int | None = None
+    """K of first-k and last-k."""
+    pool_heads: int = 4
+    """Of attention pooling."""
+    pool_probes: int = 128
+    """Keys and values of attention-kv."""
     projections: tuple[int, ...] = ()
     """Width after each Dense layer behind the pooling."""
     normalise: bool = True
@@ -60,6 +66,7 @@ class Adaptation:
     tensors: TensorMap
     cut: CutVocabulary | None
     max_tokens: int
+    pooling: PoolingSettings
 
     @property
     def size_bytes(self) -> int:
@@ -122,7 +129,15 @@ def plan(
             f"max_tokens is {max_tokens:,}, but {source.path} was trained with {positions:,} positions; "
             "choose fewer"
         )
-    return Adaptation(source, wanted, text_config(source)["model_type"], config, tensors, cut, max_tokens)
+    pooling = pooling_of(
+        wanted.pooling,
+        int(config["hidden_size"]),
+        tokens=wanted.pool_tokens,
+        heads=wanted.pool_heads,
+        probes=wanted.pool_probes,
+    )
+    kind = text_config(source)["model_type"]
+    return Adaptation(source, wanted, kind, config, tensors, cut, max_tokens, pooling)
 
 
 def write(
@@ -151,7 +166,7 @@ def write(
         new = write_modules(
             place,
             width=int(adaptation.config["hidden_size"]),
-            pooling=wanted.pooling,
+            pooling=adaptation.pooling,
             projections=wanted.projections,
             normalise=wanted.normalise,
             prompts=wanted.prompts,

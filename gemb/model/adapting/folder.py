@@ -8,19 +8,21 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
+from gemb.errors import MismatchError
 from gemb.files import atomic_write, os_errors_explained, read_json, write_json
-from gemb.model.folder import ModelFolder
+from gemb.model.folder import OWN_POOLING_TYPE, ModelFolder, PoolingMode, PoolingSettings
 from gemb.model.pruned import write_tokenizer
 from gemb.model.vocabulary import CutVocabulary
 
-Pooling: TypeAlias = Literal["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
+Pooling: TypeAlias = PoolingMode
 
-_FLAGS: Mapping[Pooling, str] = {
+_FLAGS: Mapping[PoolingMode, str] = {
     "cls": "cls_token",
     "mean": "mean_tokens",
     "max": "max_tokens",
@@ -34,11 +36,33 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+def pooling_of(mode: Pooling, width: int, *, tokens: int | None, heads: int, probes: int) -> PoolingSettings:
+    """The pooling of states[T, width]; first-k and last-k of one token are the modes that have another name.
+
+    Raises MismatchError if `heads` do not divide the width.
+    """
+    if mode in ("first-k", "last-k") and tokens == 1:
+        mode, tokens = "cls" if mode == "first-k" else "lasttoken", None
+    if not mode.startswith("attention-"):
+        return PoolingSettings((mode,), include_prompt=True, width=width, tokens=tokens)
+    if width % heads:
+        raise MismatchError(
+            f"pool_heads is {heads}, which does not divide the {width} numbers of a token; choose another"
+        )
+    return PoolingSettings(
+        (mode,),
+        include_prompt=True,
+        width=width,
+        heads=heads,
+        probes=probes if mode == "attention-kv" else None,
+    )
+
+
 def write_modules(
     folder: Path,
     *,
     width: int,
-    pooling: Pooling,
+    pooling: PoolingSettings,
     projections: Sequence[int],
     normalise: bool,
     prompts: Mapping[str, str],
@@ -52,12 +76,15 @@ def write_modules(
     they begin is not published; ours begin as torch.nn.Linear, uniform within 1 / root of their inputs.
     """
     kinds = ["Transformer", "Pooling", *["Dense"] * len(projections), *["Normalize"] * normalise]
+    random = np.random.default_rng(seed)
     entries = [
         {
             "idx": number,
             "name": str(number),
             "path": "" if number == 0 else f"{number}_{kind}",
-            "type": f"sentence_transformers.models.{kind}",
+            "type": OWN_POOLING_TYPE
+            if kind == "Pooling" and pooling.is_own
+            else f"sentence_transformers.models.{kind}",
         }
         for number, kind in enumerate(kinds)
     ]
@@ -65,12 +92,10 @@ def write_modules(
         file.write(orjson.dumps(entries, option=orjson.OPT_INDENT_2))
     for entry in entries[1:]:
         (folder / str(entry["path"])).mkdir()
-    flags = {f"pooling_mode_{flag}": mode == pooling for mode, flag in _FLAGS.items()}
-    write_json(
-        folder / "1_Pooling" / "config.json",
-        {"word_embedding_dimension": width, **flags, "include_prompt": True},
-    )
-    new = _write_projections(folder, width, projections, seed)
+    new = _write_pooling(folder / "1_Pooling", width, pooling, random)
+    new |= _write_projections(folder, width, projections, random)
+    if pooling.is_own:
+        _write_notice(folder, pooling)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
     write_json(
         folder / "config_sentence_transformers.json",
@@ -83,12 +108,61 @@ def write_modules(
     return new
 
 
-def _write_projections(
-    folder: Path, width: int, projections: Sequence[int], seed: int
+def _write_pooling(
+    place: Path, width: int, pooling: PoolingSettings, random: np.random.Generator
 ) -> dict[str, tuple[int, ...]]:
-    from safetensors.numpy import save_file
+    """The pooling's settings, and new weights where it has any; gives their shapes.
 
-    random = np.random.default_rng(seed)
+    How they begin is not published; ours begin as in torch, probes as Embedding and matrices as Linear.
+    """
+    mode = pooling.modes[0]
+    if not pooling.is_own:
+        flags = {f"pooling_mode_{flag}": mode == one for one, flag in _FLAGS.items()}
+        settings = {"word_embedding_dimension": width, **flags, "include_prompt": True}
+        write_json(place / "config.json", settings)
+        return {}
+    sizes = {"tokens": pooling.tokens, "heads": pooling.heads, "probes": pooling.probes}
+    write_json(
+        place / "config.json",
+        {
+            "pooling_mode": mode,
+            "embedding_dimension": width,
+            "include_prompt": True,
+            **{name: size for name, size in sizes.items() if size is not None},
+        },
+    )
+    shapes = pooling.shapes(width)
+    tensors = {
+        name: random.standard_normal(shape).astype(np.float32) if "probe" in name else _linear(random, shape)
+        for name, shape in shapes.items()
+    }
+    if tensors:
+        _save(tensors, place)
+    return {f"{place.name}/{name}": shape for name, shape in shapes.items()}
+
+
+def _write_notice(folder: Path, pooling: PoolingSettings) -> None:
+    """README.md that says what runs the folder, for people who look at it without gemb."""
+    text = f"""---
+library_name: gemb
+---
+
+# An encoder that gemb runs
+
+Its pooling is {pooling.described}, which no module of sentence-transformers computes. sentence-transformers
+refuses this folder; transformers loads the backbone alone. gemb embeds and trains with it:
+
+```sh
+gemb embed docs.jsonl -o docs.npy --model FOLDER
+```
+"""
+    with atomic_write(folder / "README.md") as file:
+        file.write(text.encode())
+
+
+def _write_projections(
+    folder: Path, width: int, projections: Sequence[int], random: np.random.Generator
+) -> dict[str, tuple[int, ...]]:
     new: dict[str, tuple[int, ...]] = {}
     for number, size in enumerate(projections, 2):
         place = folder / f"{number}_Dense"
@@ -101,13 +175,24 @@ def _write_projections(
                 "activation_function": "torch.nn.modules.linear.Identity",
             },
         )
-        bound = width**-0.5
-        matrix = random.uniform(-bound, bound, (size, width)).astype(np.float32)
-        with os_errors_explained(place):
-            save_file({"linear.weight": matrix}, place / "model.safetensors", metadata={"format": "pt"})
+        matrix = _linear(random, (size, width))
+        _save({"linear.weight": matrix}, place)
         new[f"{number}_Dense/linear.weight"] = matrix.shape
         width = size
     return new
+
+
+def _linear(random: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """A matrix[O, I] as torch.nn.Linear begins, uniform within 1 / root of I."""
+    bound = shape[1] ** -0.5
+    return random.uniform(-bound, bound, shape).astype(np.float32)
+
+
+def _save(tensors: dict[str, NDArray[np.float32]], place: Path) -> None:
+    from safetensors.numpy import save_file
+
+    with os_errors_explained(place):
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_tokenizer_files(
