@@ -28,6 +28,7 @@ from gemb.model.kernels import (
 )
 from gemb.model.layout import Layout
 from gemb.model.packed_attention import attend
+from gemb.model.table import Table
 
 
 class Backbone(Protocol):
@@ -252,26 +253,25 @@ class GatedBackbone:
         self,
         kernels: Kernels,
         *,
-        table: Tensor,
+        table: Table,
         embedding_scale: float,
         layers: Sequence[Layer],
         final_gain: Tensor,
         epsilon: float,
         projection: Projection | None = None,
     ) -> None:
-        # On a CPU the table stays mapped: only the rows that are used become resident.
-        self._table = table if kernels.device == "cpu" else table.to(kernels.device, kernels.dtype)
+        self._table = table.on(kernels.device, kernels.dtype)
         self._kernels = kernels
         self._embedding_scale = embedding_scale
         self._layers = tuple(layers)
         self._final_gain = kernels.vector(final_gain)
         self._epsilon = epsilon
         self.projection = None if projection is None else kernels.linear(projection.weight, projection.bias)
-        self.width = table.shape[1]
+        self.width = table.width
 
     def forward(self, ids: Tensor, layout: Layout) -> Tensor:
         """int64 ids[filled] of packed texts -> fp32 states[filled, D] after the final norm."""
-        stream = F.embedding(ids, self._table).float()
+        stream = self._table.rows(ids)
         if self._embedding_scale != 1:
             stream *= self._embedding_scale
         has_extra = any(layer.extra is not None for layer in self._layers)

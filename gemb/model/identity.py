@@ -46,8 +46,8 @@ def content_digest(weights: Iterable[Weights], others: Iterable[Path], settings:
 def _digest_of_files(weights: list[Weights], others: list[Path]) -> str:
     total = hashlib.sha256()
     for place, one in enumerate(weights):
-        for name in sorted(one):
-            spec = one.spec(name)
+        one.verify()
+        for name, spec in sorted(one.stored.items()):
             line = f"{place} {name} {spec.dtype} {list(spec.shape)} {_hash_tensor(spec)}\n"
             total.update(line.encode())
     for file in others:

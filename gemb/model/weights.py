@@ -18,6 +18,8 @@ from gemb.errors import MismatchError, UnavailableError
 if TYPE_CHECKING:
     import torch
 
+    from gemb.model.table import Table
+
 ITEM_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
@@ -26,6 +28,14 @@ ITEM_BYTES: Mapping[str, int] = {
 
 DTYPE_NAMES: Mapping[str, str] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 """The name people use for a safetensors dtype; others are shown as they stand."""
+
+QUANTISED: Mapping[str, str] = {
+    "Q4_0": "int4 in blocks of 32",
+    "Q8_0": "int8 in blocks of 32",
+    "INT4_ROW": "int4 with a scale a row",
+    "INT8_ROW": "int8 with a scale a row",
+}
+"""The dtypes of tensors on an integer grid, in words; they are no dtypes of safetensors."""
 
 _HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors format itself
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -141,7 +151,9 @@ class Weights:
                 specs[name] = spec
         if len(files) > 1:
             _check_index(index, specs)
-        return cls(folder, files, specs)
+        from gemb.model.grid_weights import RowWeights, is_packed
+
+        return RowWeights(folder, files, specs) if is_packed(specs) else cls(folder, files, specs)
 
     def __contains__(self, name: object) -> bool:
         return name in self._specs
@@ -153,9 +165,31 @@ class Weights:
         return len(self._specs)
 
     @property
+    def stored(self) -> Mapping[str, TensorSpec]:
+        """The tensors as they stand in the files: those of `spec`, or what makes up one of them."""
+        return self._specs
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether some tensors lie on an integer grid."""
+        return any(spec.dtype in QUANTISED for spec in self._specs.values())
+
+    def plain(self, what: str) -> "Weights":
+        """These weights. Raises MismatchError if some lie on an integer grid, and `what` needs floats."""
+        if self.is_quantised:
+            raise MismatchError(
+                f"{self.files[0]}: the weights are quantised ({self.dtype}), and {what}; "
+                "turn them back with gemb quantize MODEL --format f32 -o PLAIN"
+            )
+        return self
+
+    def verify(self) -> None:
+        """Compare the files with checksums they hold; safetensors holds none. Raises UnavailableError."""
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all tensors together."""
-        return sum(spec.stop - spec.start for spec in self._specs.values())
+        return sum(spec.stop - spec.start for spec in self.stored.values())
 
     @property
     def parameters(self) -> int:
@@ -189,9 +223,20 @@ class Weights:
 
         It must not be written to. Raises MismatchError if there is no such tensor.
         """
+        return self._read(self.spec(name).file, name)
+
+    def table(self, name: str) -> "Table":
+        """The rows of `name`[V, D], mapped from the file.
+
+        Raises MismatchError if there is no such tensor.
+        """
+        from gemb.model.table import PlainTable
+
+        return PlainTable(self.tensor(name))
+
+    def _read(self, file: Path, name: str) -> "torch.Tensor":
         from safetensors import SafetensorError, safe_open
 
-        file = self.spec(name).file
         try:
             if file not in self._open:
                 self._open[file] = safe_open(file, framework="pt")
@@ -202,6 +247,11 @@ class Weights:
 
     def _where(self) -> str:
         return str(self.files[0]) if len(self.files) == 1 else f"{self.folder} ({len(self.files)} shards)"
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether `folder` has weights as safetensors, in one file or several."""
+    return (folder / _SINGLE).exists() or (folder / _SHARDED).exists()
 
 
 def _shards(index: Path) -> tuple[Path, ...]:

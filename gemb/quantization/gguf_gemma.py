@@ -12,16 +12,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from gemb.errors import MismatchError
 from gemb.quantization.gguf_layout import F16, TensorKind, Value
 
 ARCHITECTURE = "gemma-embedding"
 DENSE_TENSORS = ("dense_2.weight", "dense_3.weight")
 """The two projections after pooling, in their order."""
-_POOLINGS = {"mean": 1, "cls": 2, "lasttoken": 3}  # llama_pooling_type
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # llama_token_type
+POOLINGS = {"mean": 1, "cls": 2, "lasttoken": 3}
+"""llama_pooling_type by the name that folders have for it."""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""llama_token_type."""
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<unused\d+>")
 # What transformers takes where config.json leaves it out.
@@ -53,7 +53,6 @@ _OF_LAYER = {
     "mlp.down_proj": "ffn_down",
 }
 _LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)\.weight")
-_BLOCK_NAME = re.compile(r"blk\.(\d+)\.(.+)\.weight")
 
 
 def gguf_name(name: str) -> str:
@@ -61,30 +60,13 @@ def gguf_name(name: str) -> str:
 
     Raises MismatchError if `gemma-embedding` has no such tensor, as for a bias or an adapter.
     """
-    return _renamed(
-        name, _LAYER_NAME, "blk.{}.{}.weight", _OF_LAYER, _WHOLE, f"{ARCHITECTURE} has no place for"
-    )
-
-
-def folder_name(name: str) -> str:
-    """The inverse of `gguf_name`. Raises MismatchError if `name` is no tensor of the backbone."""
-    of_block = {theirs: ours for ours, theirs in _OF_LAYER.items()}
-    whole = {theirs: ours for ours, theirs in _WHOLE.items()}
-    return _renamed(name, _BLOCK_NAME, "layers.{}.{}.weight", of_block, whole, "Gemma 3 has no tensor")
-
-
-def to_gguf(name: str, weight: Tensor) -> Tensor:
-    """`weight` as GGUF holds it under the GGUF name `name`: the gain of a norm as 1 + weight, in float32."""
-    return weight.float() + 1 if name.endswith("norm.weight") else weight
-
-
-def from_gguf(name: str, weight: Tensor) -> Tensor:
-    """The inverse of `to_gguf`, in float32.
-
-    A model that adds the 1 again has the gain of the file to the bit where that is 0.5 or more, and may
-    differ in the last bit below.
-    """
-    return weight - 1 if name.endswith("norm.weight") else weight
+    match = _LAYER_NAME.fullmatch(name)
+    if match is not None and match[2] in _OF_LAYER:
+        return f"blk.{match[1]}.{_OF_LAYER[match[2]]}.weight"
+    stem = name.removesuffix(".weight")
+    if stem != name and stem in _WHOLE:
+        return f"{_WHOLE[stem]}.weight"
+    raise MismatchError(f"{ARCHITECTURE} has no place for {name}")
 
 
 def gemma_metadata(
@@ -127,7 +109,7 @@ def gemma_metadata(
         "attention.sliding_window_pattern": _sliding_period(config) or 0,
         "rope.freq_base": _rope_base(config, "full_attention", "rope_theta", 1_000_000.0),
         "rope.freq_base_swa": _rope_base(config, "sliding_attention", "rope_local_base_freq", 10_000.0),
-        "pooling_type": _POOLINGS[pooling],
+        "pooling_type": POOLINGS[pooling],
     }
     for tensor, (inputs, outputs) in zip(DENSE_TENSORS, dense, strict=False):
         stem = tensor.removesuffix(".weight")
@@ -144,23 +126,6 @@ def gemma_metadata(
         "gemb.prompt_texts": list(prompts.values()),
         "gemb.default_prompt": default_prompt or "",
     }
-
-
-def _renamed(
-    name: str,
-    numbered: re.Pattern[str],
-    form: str,
-    parts: Mapping[str, str],
-    whole: Mapping[str, str],
-    why: str,
-) -> str:
-    match = numbered.fullmatch(name)
-    if match is not None and match[2] in parts:
-        return form.format(match[1], parts[match[2]])
-    stem = name.removesuffix(".weight")
-    if stem != name and stem in whole:
-        return f"{whole[stem]}.weight"
-    raise MismatchError(f"{why} {name}")
 
 
 def _problems(
@@ -191,8 +156,8 @@ def _problems(
             problems.append(f"its rotary scaling is {rope_type!r}")
     if _sliding_period(config) is None:
         problems.append("its layers with full attention do not come at one fixed distance")
-    if pooling not in _POOLINGS:
-        problems.append(f"its pooling is {pooling!r}, not one of {', '.join(_POOLINGS)}")
+    if pooling not in POOLINGS:
+        problems.append(f"its pooling is {pooling!r}, not one of {', '.join(POOLINGS)}")
     if len(dense) not in {0, 2}:
         problems.append(f"it has {len(dense)} Dense modules; llama.cpp knows none or two")
     if kind is F16:
@@ -235,25 +200,25 @@ def _tokenizer_metadata(
     # EmbeddingGemma's tokenizer knows an image token past the last row of its table, which no text can use.
     added = {token["id"]: token for token in tokenizer.get("added_tokens", ()) if token["id"] < rows}
     tokens = [f"[PAD{index}]" for index in range(rows)]
-    kinds = [_UNUSED] * rows
+    kinds = [UNUSED] * rows
     for token, index in vocabulary.items():
         tokens[index] = token
-        kinds[index] = _BYTE if _BYTE_TOKEN.fullmatch(token) else _NORMAL
+        kinds[index] = BYTE if _BYTE_TOKEN.fullmatch(token) else NORMAL
     for index, token in added.items():
         special = token["special"] or _LOOKS_SPECIAL.fullmatch(token["content"])
-        kinds[index] = _CONTROL if special else _USER_DEFINED
+        kinds[index] = CONTROL if special else USER_DEFINED
         # llama.cpp looks for these in the raw text, before it writes spaces as Gemma's mark.
         tokens[index] = token["content"] if special else token["content"].replace("\u2581", " ")
     unknown = vocabulary.get(model.get("unk_token") or "")
     if unknown is not None:
-        kinds[unknown] = _UNKNOWN
+        kinds[unknown] = UNKNOWN
     ids = {
         "bos_token_id": _first(config.get("bos_token_id")),
         "eos_token_id": _first(config.get("eos_token_id")),
         "padding_token_id": _first(config.get("pad_token_id")),
         "unknown_token_id": unknown,
     }
-    before, after = _template(tokenizer)
+    before, after = special_around(tokenizer)
     if before not in ([], [ids["bos_token_id"]]) or after not in ([], [ids["eos_token_id"]]):
         raise MismatchError(
             f"{name}: its tokenizer puts tokens {before} before a text and {after} after it; "
@@ -289,12 +254,17 @@ def _scores(vocabulary: Mapping[str, int], merges: Sequence[Any], rows: int) -> 
     return scores
 
 
-def _template(tokenizer: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+def special_around(tokenizer: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before and after a text."""
     processor = tokenizer.get("post_processor")
-    if processor is None:
+    parts = (processor or {}).get("processors", [processor])  # of a Sequence
+    acting = [part for part in parts if part and part.get("type") != "ByteLevel"]  # that one adds no token
+    if not acting:
         return [], []
-    if processor.get("type") != "TemplateProcessing":
+    processor = acting[0]
+    if processor.get("type") in {"BertProcessing", "RobertaProcessing"} and len(acting) == 1:
+        return [processor["cls"][1]], [processor["sep"][1]]
+    if processor.get("type") != "TemplateProcessing" or len(acting) > 1:
         raise MismatchError(f"the tokenizer's post_processor is {json.dumps(processor.get('type'))}")
     known = processor["special_tokens"]
     before: list[int] = []

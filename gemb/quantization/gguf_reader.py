@@ -8,9 +8,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from gemb.errors import MismatchError, UnavailableError
 from gemb.files import os_errors_explained
@@ -30,7 +28,11 @@ from gemb.quantization.gguf_layout import (
     TensorKind,
     Value,
 )
-from gemb.quantization.grids import Quantised
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gemb.quantization.grids import Quantised
 
 _BY_CODE = {kind.code: kind for kind in KINDS.values()}
 _MAX_SIZES = 4  # GGML_MAX_DIMS
@@ -57,18 +59,22 @@ class GgufFile:
         content: mmap.mmap,
         metadata: Mapping[str, Value],
         tensors: Mapping[str, GgufTensorSpec],
+        digest_at: int | None = None,
     ) -> None:
         self.path = path
         self.metadata = metadata
         self.tensors = tensors
         self._content = content
+        self._digest_at = digest_at
 
     def tensor(self, name: str) -> Tensor:
         """float32 [shape] of `name`: what its codes or its floats stand for.
 
         Raises MismatchError if there is no such tensor.
         """
-        spec = self._spec(name)
+        import torch
+
+        spec = self.spec(name)
         if spec.kind.grid is not None:
             return spec.kind.grid.dequantise(self.quantised(name))
         dtype = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}[spec.kind]
@@ -79,22 +85,41 @@ class GgufFile:
 
         Raises MismatchError if there is no such tensor, or it is stored as floats.
         """
-        spec = self._spec(name)
+        spec = self.spec(name)
         if spec.kind.grid is None:
             raise MismatchError(f"{self.path}: {name} is stored as {spec.kind.name}, which has no codes")
-        row_bytes = spec.kind.size_bytes(spec.shape[-1:])
-        return spec.kind.grid.unpack(self._stored(spec).reshape(*spec.shape[:-1], row_bytes))
+        return spec.kind.grid.unpack(self.rows(name))
 
-    def _spec(self, name: str) -> GgufTensorSpec:
+    def rows(self, name: str) -> Tensor:
+        """uint8 [..., bytes of a row], `name` as it stands in the file, mapped: only rows used are read.
+
+        Raises MismatchError if there is no such tensor.
+        """
+        spec = self.spec(name)
+        return self._stored(spec).reshape(*spec.shape[:-1], spec.kind.size_bytes(spec.shape[-1:]))
+
+    def spec(self, name: str) -> GgufTensorSpec:
+        """What the header says of `name`. Raises MismatchError if there is no such tensor."""
         if name not in self.tensors:
             raise MismatchError(f"{self.path} has no tensor {name}")
         return self.tensors[name]
 
     def _stored(self, spec: GgufTensorSpec) -> Tensor:
-        """uint8 [bytes], a copy, so that nothing can write into the file's pages."""
-        if spec.start == spec.stop:
+        """uint8 [bytes], mapped copy-on-write, so that nothing can write into the file's pages."""
+        import torch
+
+        count = spec.stop - spec.start
+        if not count:
             return torch.empty(0, dtype=torch.uint8)
-        return torch.frombuffer(bytearray(self._content[spec.start : spec.stop]), dtype=torch.uint8)
+        return torch.frombuffer(self._content, dtype=torch.uint8, count=count, offset=spec.start)
+
+    def verify(self) -> None:
+        """Compare the whole file with the checksum that `write_gguf` puts in; files of others have none.
+
+        Raises UnavailableError if it is another one.
+        """
+        if self._digest_at is not None:
+            _verify(self.path, self._content, self.metadata[DIGEST_KEY], self._digest_at)
 
 
 def read_gguf(path: Path, *, verify: bool = True) -> GgufFile:
@@ -112,7 +137,7 @@ def read_gguf(path: Path, *, verify: bool = True) -> GgufFile:
         # An empty file cannot be mapped.
         if not file.read(1):
             raise UnavailableError(f"{path} is damaged: it is empty; export or copy it again")
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     cursor = _Cursor(path, content)
     if cursor.take(4, "its first bytes") != MAGIC:
         raise UnavailableError(f"{path} is no GGUF file: it starts with {content[:4]!r}, not {MAGIC!r}")
@@ -129,7 +154,7 @@ def read_gguf(path: Path, *, verify: bool = True) -> GgufFile:
             digest_at = cursor.position - len(NO_DIGEST)
     if verify and digest_at is not None:
         _verify(path, content, metadata[DIGEST_KEY], digest_at)
-    return GgufFile(path, content, metadata, _tensors(cursor, tensor_count, metadata))
+    return GgufFile(path, content, metadata, _tensors(cursor, tensor_count, metadata), digest_at)
 
 
 class _Cursor:
@@ -165,6 +190,22 @@ class _Cursor:
         except UnicodeDecodeError:
             raise self.damaged(f"{what} before position {self.position:,} is not UTF-8") from None
 
+    def strings(self, count: int, what: str) -> list[str]:
+        """`count` strings; a vocabulary has hundreds of thousands, so nothing is checked twice."""
+        found: list[str] = []
+        content, position, size = self.content, self.position, len(self.content)
+        for _ in range(count):
+            start = position + 8
+            position = start + int.from_bytes(content[position:start], "little")
+            if position > size or start > size:
+                raise self.damaged(f"{what} ends at {position:,}, but the file at {size:,}")
+            try:
+                found.append(content[start:position].decode())
+            except UnicodeDecodeError:
+                raise self.damaged(f"{what} before position {position:,} is not UTF-8") from None
+        self.position = position
+        return found
+
     def value(self, key: str) -> Value:
         """One value of the metadata, its kind first."""
         what = f"the value of {key!r}"
@@ -175,7 +216,7 @@ class _Cursor:
             return self.unpack(self._letter(kind, what), what)[0]
         inner, count = self.unpack("IQ", what)
         if inner == STRING:
-            return [self.string(what) for _ in range(count)]
+            return self.strings(count, what)
         letter = self._letter(inner, what)
         size = struct.calcsize(letter)
         taken = self.take(count * size, what)

@@ -30,6 +30,7 @@ from gemb.quantization.gguf_layout import (
     NO_DIGEST,
     NUMBER_FORMATS,
     STRING,
+    UINT8,
     UINT32,
     VERSION,
     TensorKind,
@@ -54,8 +55,8 @@ class GgufTensor:
 def write_gguf(path: Path, metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]) -> None:
     """Write `path` whole or not at all: `metadata` in its order, a checksum of ours, and `tensors`.
 
-    Whole numbers are stored as uint32 where they fit, lists of them as int32, other numbers as float32; empty
-    strings and lists, which GGUF cannot hold, are left out.
+    Whole numbers are stored as uint32 where they fit, lists of them as int32, bytes as uint8, other numbers
+    as float32; empty strings and lists, which GGUF cannot hold, are left out.
 
     Raises MismatchError if a name is there twice, the rows of a tensor are no whole blocks, or a number is
     not finite or too large for its kind; GembError or MachineError if the file cannot be written.
@@ -146,6 +147,8 @@ def _value(value: Value) -> bytes:
     """Kind and content of one value of the metadata."""
     if isinstance(value, str):
         return struct.pack("<I", STRING) + _string(value)
+    if isinstance(value, bytes):
+        return struct.pack("<IIQ", ARRAY, UINT8, len(value)) + value
     if isinstance(value, Sequence):
         first = value[0]
         if isinstance(first, str):

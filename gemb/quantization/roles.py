@@ -6,22 +6,24 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
+from gemb.quantization.formats import WeightFormat as WeightFormat
 from gemb.quantization.grids import INT4_ROW, INT8_ROW, Q4_0, Q8_0, Grid
 
 Role: TypeAlias = Literal["embedding", "attention", "feed_forward", "projection"]
-WeightFormat: TypeAlias = Literal["int4", "int8", "mixed"]
 
 # As transformers names them in the families that gemb packs: Gemma, Llama, Qwen, BERT, RoBERTa, ModernBERT.
 _NAMES: Mapping[Role, re.Pattern[str]] = {
     "embedding": re.compile(r"(^|\.)(embed_tokens|word_embeddings|tok_embeddings)\.weight$"),
     "attention": re.compile(
         r"\.(self_attn|cross_attn|attention|attn)\."
-        r"([qkvo]_proj|self\.(query|key|value)|output\.dense|Wqkv|Wo)\.weight$"
+        r"([qkvo]_proj|self\.(query|key|value)|output\.dense|Wqkv|Wo|[qkv]_lin|out_lin)\.weight$"
     ),
     "feed_forward": re.compile(
-        r"\.(mlp\.(gate_proj|up_proj|down_proj|Wi|Wo)|\d+\.intermediate\.dense|\d+\.output\.dense)\.weight$"
+        r"\.(mlp\.(gate_proj|up_proj|down_proj|Wi|Wo)|\d+\.intermediate\.dense|\d+\.output\.dense|ffn\.lin[12]"
+        r"|ple_block\.(per_layer_input_gate|per_layer_projection))\.weight$"
     ),
-    "projection": re.compile(r"(^|\.)linear\.weight$"),  # of a Dense module of sentence-transformers
+    # Of a Dense module of sentence-transformers, and those that EmbeddingGemma 2 has in its backbone.
+    "projection": re.compile(r"(^|\.)(linear|embedding_projection|per_layer_model_projection)\.weight$"),
 }
 # "e4_a8_f4_p4" of the model card: embedding, attention, feed-forward, projections.
 _MIXED: Mapping[Role, Grid] = {

@@ -17,6 +17,7 @@ from gemb.model.families.gated import projection_of
 from gemb.model.kernels import Kernels, Linear
 from gemb.model.layout import Layout
 from gemb.model.packed_attention import attend
+from gemb.model.table import Table
 from gemb.model.weights import Weights
 
 
@@ -91,26 +92,25 @@ class BertBackbone:
         self,
         kernels: Kernels,
         *,
-        table: Tensor,
+        table: Table,
         positions: Tensor,
         first_position: int,
         padding: int | None,
         norm: Norm,
         layers: Sequence[_Layer],
     ) -> None:
-        # On a CPU the table stays mapped: only the rows that are used become resident.
-        self._table = table if kernels.device == "cpu" else table.to(kernels.device)
+        self._table = table.on(kernels.device)
         self._positions = positions.to(kernels.device)  # with the type embedding of a single text added
         self._first_position = first_position
         self._padding = padding
         self._norm = norm
         self._layers = tuple(layers)
         self._kernels = kernels
-        self.width = table.shape[1]
+        self.width = table.width
 
     def forward(self, ids: Tensor, layout: Layout) -> Tensor:
         """int64 ids[filled] of packed texts -> fp32 states[filled, D]."""
-        words = F.embedding(ids, self._table).float()
+        words = self._table.rows(ids)
         x = self._norm((words + self._positions[self._positions_of(ids, layout)]).to(self._kernels.dtype))
         pieces = self._kernels.pieces(len(x))
         for layer in self._layers:
@@ -174,7 +174,7 @@ def build(config: Mapping[str, Any], weights: Weights, kernels: Kernels) -> Back
     padding = None if counts_from_zero else int(config.get("pad_token_id", 1))
     return BertBackbone(
         kernels,
-        table=weights.tensor(f"{embeddings}word_embeddings.weight"),
+        table=weights.table(f"{embeddings}word_embeddings.weight"),
         positions=positions,
         first_position=0 if padding is None else padding + 1,
         padding=padding,

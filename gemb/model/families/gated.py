@@ -168,11 +168,11 @@ def gated_backbone(
                 extra=None if extra_of is None else extra_of(index),
             )
         )
-    table = weights.tensor(f"{prefix}embed_tokens.weight")
+    table = weights.table(f"{prefix}embed_tokens.weight")
     return GatedBackbone(
         kernels,
         table=table,
-        embedding_scale=table.shape[1] ** 0.5 if traits.scales_embeddings else 1.0,
+        embedding_scale=table.width**0.5 if traits.scales_embeddings else 1.0,
         layers=layers,
         final_gain=gain(f"{prefix}norm"),
         epsilon=epsilon,

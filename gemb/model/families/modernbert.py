@@ -22,6 +22,7 @@ from gemb.model.families.gated import (
 from gemb.model.families.rope import rotary
 from gemb.model.kernels import Kernels, Linear, Rotary
 from gemb.model.layout import Layout
+from gemb.model.table import Table
 from gemb.model.weights import Weights
 
 _KINDS = ("full_attention", "sliding_attention")
@@ -36,26 +37,25 @@ class ModernBertBackbone:
         self,
         kernels: Kernels,
         *,
-        table: Tensor,
+        table: Table,
         embedding_gain: Tensor,
         layers: Sequence[Layer],
         norms_first: bool,
         final_gain: Tensor,
         epsilon: float,
     ) -> None:
-        # On a CPU the table stays mapped: only the rows that are used become resident.
-        self._table = table if kernels.device == "cpu" else table.to(kernels.device, kernels.dtype)
+        self._table = table.on(kernels.device, kernels.dtype)
         self._embedding_gain = kernels.vector(embedding_gain)
         self._layers = tuple(layers)
         self._final_gain = kernels.vector(final_gain)
         self._epsilon = epsilon
         self._kernels = kernels
         self._norms_first = norms_first
-        self.width = table.shape[1]
+        self.width = table.width
 
     def forward(self, ids: Tensor, layout: Layout) -> Tensor:
         """int64 ids[filled] of packed texts -> fp32 states[filled, D] after the final norm."""
-        stream = self._norm(F.embedding(ids, self._table).float(), self._embedding_gain)
+        stream = self._norm(self._table.rows(ids), self._embedding_gain)
         for number, layer in enumerate(self._layers):
             run_layer(
                 layer,
@@ -118,7 +118,7 @@ def build(config: Mapping[str, Any], weights: Weights, kernels: Kernels) -> Back
         layers.append(Layer(attention, feed_forward))
     return ModernBertBackbone(
         kernels,
-        table=weights.tensor(f"{prefix}embeddings.tok_embeddings.weight"),
+        table=weights.table(f"{prefix}embeddings.tok_embeddings.weight"),
         embedding_gain=gain("embeddings.norm"),
         layers=layers,
         norms_first=f"{prefix}layers.0.attn_norm.weight" in weights,

@@ -1,0 +1,69 @@
+"""Writes a model.safetensors tensor by tensor, a few rows at a time: no more is in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+
+from gemb.files import atomic_write
+from gemb.model.weights import ITEM_BYTES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ALIGNMENT = 8  # safetensors pads its header so that the numbers begin at a multiple of 8
+
+
+@dataclass(frozen=True, slots=True)
+class NewTensor:
+    """A tensor to be written: what the header needs, and where its numbers come from."""
+
+    name: str
+    dtype: str
+    """As safetensors names it."""
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[Tensor]]
+    """Gives the tensor in pieces along its first axis, of that dtype, when its turn comes."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its numbers."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def write_tensors(path: Path, tensors: Sequence[NewTensor], on_tensor: Callable[[str], None]) -> None:
+    """Write `path` whole or not at all; `on_tensor` hears the name of each tensor when its turn comes.
+
+    Raises GembError or MachineError if the file cannot be written.
+    """
+    import torch
+
+    # Wide elements first, so that every tensor starts at a multiple of its element.
+    ordered = sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensor.dtype])
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in ordered:
+        end = position + tensor.size_bytes
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = orjson.dumps(header)
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with atomic_write(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered:
+            on_tensor(tensor.name)
+            written = 0
+            for block in tensor.blocks():
+                content = block.contiguous().reshape(-1).view(torch.uint8).numpy()
+                written += file.write(content.data)
+            if written != tensor.size_bytes:
+                raise ValueError(f"{tensor.name} was announced as {tensor.shape}, but has {written:,} bytes")
