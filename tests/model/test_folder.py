@@ -428,8 +428,8 @@ def test_a_folder_without_weights_is_told(make_folder: FolderMaker) -> None:
         "MODEL has no weights: no model.safetensors and no model.safetensors.index.json; "
         "download the model again"
     )
-    (path / "model.gguf").write_bytes(b"GGUF")
-    assert "index.json (only model.gguf); download" in message(path, UnavailableError)
+    (path / "other.gguf").write_bytes(b"GGUF")
+    assert "index.json (only other.gguf); download" in message(path, UnavailableError)
     assert UnavailableError.exit_code == Exit.UNAVAILABLE
 
 
