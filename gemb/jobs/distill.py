@@ -20,6 +20,7 @@ from gemb.jobs import quickstart, train
 from gemb.report import OnProgress, Plan, Report, ignore
 from gemb.training.data_recipe import PromptText
 from gemb.training.distill_recipe import DistillRecipe, ModelConfig, StudentSettings
+from gemb.training.teacher_recipe import TeacherSettings
 
 if TYPE_CHECKING:
     from gemb.training.setup import Material
@@ -35,8 +36,8 @@ def plan(recipe: DistillRecipe) -> Plan:
     from gemb.training.model_teacher import opener
     from gemb.training.planning import make_plan
 
-    wanted, material = _resolved(recipe)
-    return make_plan(wanted, material, opener(wanted))
+    wanted, teacher, material = _resolved(recipe)
+    return make_plan(wanted, material, opener(wanted, teacher))
 
 
 def run(recipe: DistillRecipe, on_progress: OnProgress = ignore, *, overwrite: bool = False) -> Report:
@@ -46,16 +47,17 @@ def run(recipe: DistillRecipe, on_progress: OnProgress = ignore, *, overwrite: b
     """
     from gemb.training.model_teacher import opener
 
-    wanted, material = _resolved(recipe)
-    return train.run(wanted, on_progress, overwrite=overwrite, material=material, open_teacher=opener(wanted))
+    wanted, teacher, material = _resolved(recipe)
+    open_teacher = opener(wanted, teacher)
+    return train.run(wanted, on_progress, overwrite=overwrite, material=material, open_teacher=open_teacher)
 
 
-def _resolved(recipe: DistillRecipe) -> tuple[DistillRecipe, Material]:
-    """The recipe with the student as its model, and who makes that."""
+def _resolved(recipe: DistillRecipe) -> tuple[DistillRecipe, TeacherSettings, Material]:
+    """The recipe with the student as its model, its teacher, and who makes the student."""
     if recipe.teacher is None:
         raise GembError("no teacher given; a distillation needs one, such as teacher: {model: minilm}")
     if recipe.student is None:
-        return recipe, quickstart.MATERIAL
+        return recipe, recipe.teacher, quickstart.MATERIAL
     student = recipe.student
     if student.config is not None:
         # The keys, not the file, are what the run depends on: a file that changed makes another run.
@@ -67,7 +69,8 @@ def _resolved(recipe: DistillRecipe) -> tuple[DistillRecipe, Material]:
         for prompt in (data.prompts.query, data.prompts.passage)
         if isinstance(prompt, PromptText)
     ]
-    return wanted, _StudentMaterial(student, prompts, recipe.max_tokens, recipe.offline)
+    material = _StudentMaterial(student, prompts, recipe.max_tokens, recipe.offline)
+    return wanted, recipe.teacher, material
 
 
 def _config(given: str | ModelConfig) -> ModelConfig:

@@ -6,41 +6,9 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from gemb.recipe import ModelName, Recipe, RecipeInput, RecipePath
-from gemb.text.prompts import DOCUMENT, QUERY
-from gemb.training.data_recipe import RolePrompts
+from gemb.recipe import ModelName, Recipe, RecipeInput
 from gemb.training.recipe import AnyTerm, MatchingTerm, TrainRecipe
-
-
-class TeacherSettings(Recipe):
-    """Whose vectors the student learns."""
-
-    model: ModelName | None = None
-    """A folder, a name on the Hugging Face hub, or `minilm`; its width and tokenizer may differ."""
-    vectors: RecipeInput | None = None
-    """Vectors of any origin in place of a model, as `gemb embed` writes and reads them, found by the texts
-    of `texts`."""
-    texts: RecipeInput | None = None
-    """The texts that `vectors` belong to: rows of id and text."""
-    prompts: RolePrompts = RolePrompts(query=QUERY, passage=DOCUMENT)
-    """The teacher's prompt for each role, apart from the student's; by default what it declares."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Longest text of the teacher in its tokens; by default what it declares, and at most 512."""
-    ahead: bool = False
-    """Get the vectors of the whole run before the first step; by default those of each batch when it comes,
-    and what came before is never computed again."""
-    cache: RecipePath | None = None
-    """A folder that keeps the vectors by content, for later runs too; by default it goes with the run."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        given = [name for name in ("model", "vectors") if getattr(self, name) is not None]
-        if len(given) != 1:
-            what = "model and vectors are both given" if given else "neither model nor vectors is given"
-            raise ValueError(f"{what}; a teacher is one of them")
-        if (self.vectors is None) is not (self.texts is None):
-            raise ValueError("vectors and texts go together; give both, or a model")
-        return self
+from gemb.training.teacher_recipe import TeacherSettings
 
 
 class ModelConfig(Recipe):

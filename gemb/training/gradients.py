@@ -42,10 +42,23 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Mapping[str, float]]]
 """(loss, its terms by name) of the vectors [R, D] of a batch."""
 
 
+class BatchLoss(Protocol):
+    """The loss of one batch."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What was counted when it was called last, by name."""
+        ...
+
+    def __call__(self, vectors: Tensor) -> tuple[Tensor, Mapping[str, float]]:
+        """A `LossFunction`."""
+        ...
+
+
 class LossOfVectors(Protocol):
     """A loss that looks at the vectors of a whole batch."""
 
-    def of(self, batch: TrainingBatch) -> LossFunction:
+    def of(self, batch: TrainingBatch) -> BatchLoss:
         """The loss of this batch."""
         ...
 
@@ -81,6 +94,10 @@ class Gradients:
     loss: float
     terms: Mapping[str, float]
     encoded_twice: bool
+    measures: Mapping[str, object] = field(default_factory=dict)
+    """What metrics.jsonl says of the step besides."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What is added up over the run, by name."""
 
 
 def chunks(lengths: NDArray[np.int32], tokens_per_chunk: int) -> list[NDArray[np.int64]]:
@@ -127,7 +144,7 @@ def batch_gradients(
     twice = int(batch.lengths[rows].sum()) > plan.tokens_with_graph
     kept: list[Tensor] = []
     states: list[RandomState] = []
-    with _together(ranks):
+    with together(ranks):
         for chunk in cut:
             if stop is not None and stop.is_set():
                 raise Stopped
@@ -144,7 +161,7 @@ def batch_gradients(
             loss, [leaf, *loss_parameters], allow_unused=True, materialize_grads=True
         )
     after = RandomState.of(device)
-    with _together(ranks):
+    with together(ranks):
         for number, chunk in enumerate(cut):
             if stop is not None and stop.is_set():
                 raise Stopped
@@ -180,7 +197,7 @@ class EmbeddingGradients:
         loss_of = self.loss.of(batch)
 
         def compute(plan: MemoryPlan, stop: threading.Event) -> Gradients:
-            return batch_gradients(
+            found = batch_gradients(
                 self.encoder,
                 self.parameters,
                 batch,
@@ -191,6 +208,7 @@ class EmbeddingGradients:
                 ranks=self.ranks,
                 stop=stop,
             )
+            return replace(found, counts=loss_of.counts)
 
         return compute
 
@@ -206,6 +224,14 @@ def graph_bytes(
 
     Counted, not measured, so that it is the same on every machine; the texts repeat one `token`.
     """
+    ids = torch.full((int(lengths.sum()),), token, dtype=torch.int64, device=device)
+    return saved_bytes(lambda: encoder(ids, lengths, np.zeros_like(lengths)), parameters, device)
+
+
+def saved_bytes(
+    forward: Callable[[], object], parameters: Sequence[nn.Parameter], device: str = "cpu"
+) -> int:
+    """Bytes that autograd keeps for the backward pass of `forward`, parameters left out."""
     ours = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     sizes: dict[int, int] = {}
 
@@ -216,13 +242,12 @@ def graph_bytes(
                 sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = torch.full((int(lengths.sum()),), token, dtype=torch.int64, device=device)
     state = RandomState.of(device)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        vectors = encoder(ids, lengths, np.zeros_like(lengths))
+        graph = forward()
     state.restore()
     total = sum(sizes.values())
-    del vectors
+    del graph
     return total
 
 
@@ -275,7 +300,7 @@ def _in_order(parts: Sequence[Tensor], cut: Sequence[NDArray[np.int64]], rows: N
 
 
 @contextmanager
-def _together(ranks: Ranks) -> Iterator[None]:
+def together(ranks: Ranks) -> Iterator[None]:
     """A phase in which no rank waits for another; at its end all go on, stop or give up together."""
     stopped = full = False
     try:

@@ -157,6 +157,8 @@ class Progress:
     """Spent in steps, by all runs of the command."""
     bad_in_row: int = 0
     bad_steps: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    """What the losses counted in all steps, by name."""
     position: Any = None
     """The place in the data after `step` steps; None is its beginning."""
     metrics_bytes: int = 0
@@ -275,6 +277,8 @@ class Training(Generic[B]):
         progress.position = self.batches.position
         progress.bad_in_row = progress.bad_in_row + 1 if is_bad else 0
         progress.bad_steps += is_bad
+        for name, count in found.counts.items():
+            progress.counts[name] = progress.counts.get(name, 0) + count
         speed = batch.tokens / max(seconds, 1e-9)
         if self.metrics is not None:
             self.metrics.write({
@@ -282,11 +286,13 @@ class Training(Generic[B]):
                 "dataset": batch.dataset,
                 "loss": found.loss,
                 **{f"loss/{name}": value for name, value in found.terms.items()},
+                **found.measures,
                 "grad_norm": norm,
                 "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
                 "tokens": progress.tokens,
                 "tokens_per_second": round(speed, 1),
                 **batch.measures,
+                **found.counts,
                 **({"encoded_twice": True} if found.encoded_twice else {}),
                 **({"skipped": True} if is_bad else {}),
             })  # fmt: skip

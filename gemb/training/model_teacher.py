@@ -1,4 +1,4 @@
-"""A model folder as the teacher of a distillation: its vectors, kept by content, and its own quality.
+"""A model folder as the teacher of a training: its vectors, kept by content, and its own quality.
 
 R rows (texts) of a batch, T packed tokens, E width of the teacher.
 """
@@ -18,7 +18,7 @@ from gemb.engine import Engine
 from gemb.engine.cache import ARITHMETIC
 from gemb.engine.encoder import Encoder, load_tokeniser
 from gemb.engine.opening import open_here, stdout_guarded
-from gemb.errors import GembError, MismatchError
+from gemb.errors import MismatchError
 from gemb.evaluation.cached import CachedEngine
 from gemb.model.folder import ModelFolder, fingerprint, read_folder
 from gemb.model.hub import find_model
@@ -28,26 +28,24 @@ from gemb.text.tokenisation import Tokeniser
 from gemb.training import stored_teacher
 from gemb.training.batches import TrainingBatch
 from gemb.training.data_recipe import DataSet, PromptText
-from gemb.training.distill_recipe import DistillRecipe
 from gemb.training.evaluated_sets import EvaluatedSets
 from gemb.training.held_out import Evaluation, Evaluations, HeldOutPairs, Measured
+from gemb.training.recipe import TrainRecipe
 from gemb.training.run_folder import RunFolder
+from gemb.training.teacher_recipe import VectorSource
 from gemb.training.teaching import OpenTeacher, Teaching
 
 _USUAL_MAX_TOKENS = 512
 
 
-def opener(recipe: DistillRecipe) -> OpenTeacher:
-    """What opens the teacher of a recipe when its run is set up.
+def opener(recipe: TrainRecipe, settings: VectorSource, key: str = "teacher") -> OpenTeacher:
+    """What opens a teacher of a recipe when its run is set up; `key` is where the recipe has its `settings`.
 
     Opening raises UnavailableError for a model that cannot be had, MismatchError for a prompt that it does
     not declare and for longer texts than it takes.
     """
-    settings = recipe.teacher
-    if settings is None:
-        raise GembError("no teacher given; a distillation needs one, such as teacher: {model: minilm}")
     if settings.vectors is not None:
-        return stored_teacher.opener(recipe)
+        return stored_teacher.opener(settings)
 
     @contextmanager
     def opened(folder: RunFolder, device: Device, held_out: Sequence[DataSet]) -> Iterator[Teaching]:
@@ -55,7 +53,7 @@ def opener(recipe: DistillRecipe) -> OpenTeacher:
         longest = settings.max_tokens or min(_USUAL_MAX_TOKENS, model.max_tokens)
         if longest > model.max_tokens:
             raise MismatchError(
-                f"teacher.max_tokens is {longest:,}, but {settings.model} takes {model.max_tokens:,} "
+                f"{key}.max_tokens is {longest:,}, but {settings.model} takes {model.max_tokens:,} "
                 "at most; lower it"
             )
         with stdout_guarded():
@@ -63,7 +61,7 @@ def opener(recipe: DistillRecipe) -> OpenTeacher:
         context = [fingerprint(model), device.kind, computing.precision, str(ARITHMETIC)]
         engine = CachedEngine(computing, settings.cache or folder.partial / "teacher", context)
         try:
-            teacher = ModelTeacher(recipe, model, load_tokeniser(model, longest), engine)
+            teacher = ModelTeacher(recipe, settings, model, load_tokeniser(model, longest), engine)
             yield Teaching(
                 name=str(settings.model),
                 fingerprint=context[0],
@@ -83,13 +81,16 @@ class ModelTeacher:
     """The vectors and the quality of a teacher that is a model folder."""
 
     def __init__(
-        self, recipe: DistillRecipe, model: ModelFolder, tokeniser: Tokeniser, engine: Engine
+        self,
+        recipe: TrainRecipe,
+        settings: VectorSource,
+        model: ModelFolder,
+        tokeniser: Tokeniser,
+        engine: Engine,
     ) -> None:
         """Raises MismatchError for a prompt that the model does not declare."""
-        if recipe.teacher is None:
-            raise ValueError("the recipe has no teacher")
         self._recipe = recipe
-        self._settings = recipe.teacher
+        self._settings = settings
         self._model = model
         self._tokeniser = tokeniser
         self._engine = engine

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from gemb.recipe import ComputeRecipe, Recipe, RecipeInput, RecipePath
 from gemb.training.data_recipe import DataSet, MixtureSettings, check_shares
+from gemb.training.teacher_recipe import FalseNegatives
 
 
 class BatchSettings(Recipe):
@@ -52,6 +53,8 @@ class ContrastiveTerm(LossTerm):
     or all four directions (gte)."""
     mask_duplicates: bool = True
     """Never take an equal text for a negative."""
+    false_negatives: FalseNegatives | None = None
+    """Nor a text that a teacher finds about as good as the positive; by default there is none."""
 
 
 class SameTowerTerm(LossTerm):
@@ -298,7 +301,16 @@ class TrainRecipe(RunRecipe):
             )
         if self.kind == "train" and (taught := [term.name for term in self.losses if term.needs_teacher]):
             raise ValueError(f"{taught[0]} needs a teacher; use gemb distill")
+        finder = self.finder
+        if self.kind == "train" and finder is not None and not (finder.own or finder.is_given):
+            raise ValueError("false_negatives names nobody who finds them; give model, vectors, or own: true")
         return self
+
+    @property
+    def finder(self) -> FalseNegatives | None:
+        """Who finds false negatives; None where nobody does."""
+        found = (term.false_negatives for term in self.losses if isinstance(term, ContrastiveTerm))
+        return next(found, None)
 
     def sizes(self, width: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """The Matryoshka sizes, largest first, and the weight of each, for a model that is `width` wide.

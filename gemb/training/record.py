@@ -11,7 +11,7 @@ import orjson
 from gemb.recipe import resolved
 from gemb.report import Report
 from gemb.report.progress import duration
-from gemb.training.recipe import TrainRecipe, flat
+from gemb.training.recipe import RunRecipe, flat
 from gemb.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -52,13 +52,14 @@ def record_of(
         "step_seconds": round(progress.seconds, 3),
         "seconds": round(seconds, 3),
         "bad_steps": progress.bad_steps,
+        "counts": progress.counts,
         "tokens_per_chunk": progress.plan.tokens_per_chunk,
         "first_loss": losses[0],
         "last_loss": losses[1],
         "best_step": progress.best_step,
         "data_counts": counts,
         "repeated": {name: one["repeated"] for name, one in repeats.items()},
-        "verdict": _word(verdicts),
+        "verdict": worst_word(verdicts),
         "verdict_line": str(verdicts[0]) if verdicts else None,
         "verdicts": [asdict(one) for one in verdicts],
         "measures": means,
@@ -81,6 +82,7 @@ def make_report(setup: Setup, record: Mapping[str, Any]) -> Report:
         rows.append(("loss", f"{record['first_loss']:.4f} -> {record['last_loss']:.4f} in this run"))
     if record["bad_steps"]:
         rows.append(("left out", f"{record['bad_steps']:,} steps whose loss or gradient was not finite"))
+    rows += _left_out(record["counts"])
     rows += [("verdict", str(one)) for one in shown_verdicts(record)]
     rows += [(name, f"{before:.3f} -> {after:.3f}") for name, before, after in not_compared(record)]
     if "teacher" in record:
@@ -94,6 +96,18 @@ def make_report(setup: Setup, record: Mapping[str, Any]) -> Report:
         data=record,
         outputs=[setup.folder.output],
     )
+
+
+def _left_out(counts: Mapping[str, int]) -> list[tuple[str, str]]:
+    """How many candidates of the contrastive loss were no negatives."""
+    total = counts.get("candidates", 0)
+    names = {"masked_duplicates": "repeat a text", "false_negatives": "are likely false negatives"}
+    parts = [
+        f"{counts[name]:,} ({counts[name] / total:.2%}) {why}"
+        for name, why in names.items()
+        if total and name in counts
+    ]
+    return [("masked", f"of {total:,} candidates {', '.join(parts)}")] if parts else []
 
 
 def _taught(record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -124,7 +138,7 @@ def not_compared(record: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     return [(name, before[name], after[name]) for name in after if name not in judged and name in before]
 
 
-def already_done(recipe: TrainRecipe, folder: RunFolder) -> Report:
+def already_done(recipe: RunRecipe, folder: RunFolder) -> Report:
     """The report of a run that was finished before.
 
     Raises GembError with the differences if it was another recipe's.
@@ -141,7 +155,7 @@ def already_done(recipe: TrainRecipe, folder: RunFolder) -> Report:
     )
 
 
-def _word(verdicts: Sequence[Verdict]) -> str | None:
+def worst_word(verdicts: Sequence[Verdict]) -> str | None:
     """The worst word of all data sets at full width, so that a gate misses nothing."""
     from gemb.training.held_out import is_full_size
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gemb.device import free_memory_bytes
 from gemb.files import read_json, write_json
@@ -29,8 +28,8 @@ from gemb.training.run_session import (
     trained_parameters,
 )
 from gemb.training.setup import Setup, evaluated
-from gemb.training.teaching import new_projection
-from gemb.training.terms import Loss
+from gemb.training.teaching import Teaching, new_projection
+from gemb.training.terms import Loss, Teacher
 from gemb.training.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -102,16 +101,20 @@ class Session(RunSession[Setup, TrainableEncoder, TrainingBatch]):
     def _before_the_first_step(self) -> None:
         """Measure the teacher, once a run, and get its vectors for the whole run where that is asked for."""
         setup, teaching = self.setup, self.setup.teaching
-        if teaching is None:
-            return
         file = setup.folder.run / "teacher.json"
-        if setup.ranks.is_first and setup.evaluation is not None and not file.is_file():
+        if (
+            teaching is not None
+            and setup.ranks.is_first
+            and setup.evaluation is not None
+            and not file.is_file()
+        ):
             self._watch.stage("evaluating the teacher")
             if (measured := teaching.measure()) is not None:
                 write_json(file, as_json(measured))
         if file.is_file():
             self.teacher = from_json(read_json(file))
-        if not teaching.ahead:
+        ahead = [one for one in (teaching, setup.finder) if one is not None and one.ahead]
+        if not ahead:
             return
         self._watch.stage("asking the teacher")
         length, progress = setup.length, self.training.progress
@@ -121,7 +124,8 @@ class Session(RunSession[Setup, TrainableEncoder, TrainingBatch]):
                 if length.share(step, tokens) >= 1.0:
                     break
                 if step % setup.ranks.count == setup.ranks.index:
-                    teaching.vectors(batch)
+                    for one in ahead:
+                        one.vectors(batch)
                 step, tokens = step + 1, tokens + len(batch.ids)
         setup.ranks.wait()
 
@@ -190,15 +194,23 @@ def make_loss(setup: Setup, encoder: TrainableEncoder) -> Loss:
 
     There it is trained, moved and kept in the checkpoints with the rest; a saved model is without it.
     """
-    terms, teaching = setup.recipe.losses, setup.teaching
-    if teaching is None:
-        return Loss(terms, setup.sizes, setup.weights)
+    terms, teaching, finder = setup.recipe.losses, setup.teaching, setup.finder
     projection = None
-    if any(isinstance(term, MatchingTerm) and term.projection for term in terms):
+    if teaching is not None and any(isinstance(term, MatchingTerm) and term.projection for term in terms):
         projection = new_projection(encoder.dims, teaching.dims, setup.recipe.seed).to(setup.device.name)
         encoder.add_module("to_teacher", projection)
 
-    def taught(batch: TrainingBatch) -> Tensor:
-        return torch.from_numpy(teaching.vectors(batch)).to(setup.device.name)
+    def asked(source: Teaching | None) -> Teacher | None:
+        if source is None:
+            return None
+        return lambda batch: torch.from_numpy(source.vectors(batch)).to(setup.device.name)
 
-    return Loss(terms, setup.sizes, setup.weights, teacher=taught, projection=projection)
+    teacher = asked(teaching)
+    return Loss(
+        terms,
+        setup.sizes,
+        setup.weights,
+        teacher=teacher,
+        finder=teacher if finder is teaching else asked(finder),
+        projection=projection,
+    )

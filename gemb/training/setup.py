@@ -26,7 +26,7 @@ from gemb.training.held_out import Evaluation, Evaluations, HeldOutPairs
 from gemb.training.loop import Length
 from gemb.training.mixture import Mixture
 from gemb.training.ranks import Ranks
-from gemb.training.recipe import TrainRecipe, flat
+from gemb.training.recipe import RunRecipe, TrainRecipe, flat
 from gemb.training.run_folder import RunFolder
 from gemb.training.teaching import OpenTeacher, Teaching, width_notes
 
@@ -83,6 +83,8 @@ class Setup:
     reopened: Callable[[], Mixture]
     """The mixture once more, where it was when the setup was made; the caller closes it."""
     teaching: Teaching | None = None
+    finder: Teaching | None = None
+    """Who finds false negatives, where that is not the model itself."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -118,7 +120,7 @@ def prepare(
         )
     device = pick_device(recipe)
     if overwrite and not dry and ranks.is_first:
-        folder.forget_another(_recipe_values(recipe))
+        folder.forget_another(recipe_values(recipe))
     data, held_out = _with_material(recipe, folder, ranks, material)
     model_path, model_name = _model(recipe, data, folder, ranks, material, notice)
     model = read_folder(model_path)
@@ -130,6 +132,16 @@ def prepare(
         raise MismatchError(str(error)) from error
     notes = list(model.notes)
     with ExitStack() as stack:
+        teaching = stack.enter_context(open_teacher(folder, device, held_out)) if open_teacher else None
+        if teaching is not None:
+            notes += [*teaching.notes, *width_notes(teaching, model.dims, recipe.losses)]
+        finder = teaching if recipe.finder is not None and not recipe.finder.own else None
+        if recipe.finder is not None and recipe.finder.is_given:
+            from gemb.training.model_teacher import opener
+
+            open_finder = opener(recipe, recipe.finder, "false_negatives")
+            finder = stack.enter_context(open_finder(folder, device, held_out))
+            notes += finder.notes
 
         def opened(position: Mapping[str, Any] | None) -> Mixture:
             return Mixture.open(
@@ -142,22 +154,19 @@ def prepare(
                 seed=recipe.seed,
                 leave_out_prompts=not model.pooling.include_prompt,
                 needs_negatives=not all(term.name in _WITHOUT_NEGATIVES for term in recipe.losses),
-                keep_texts=any(term.needs_teacher for term in recipe.losses),
+                keep_texts=teaching is not None or finder is not None,
                 position=position,
                 notice=notice,
             )
 
-        teaching = stack.enter_context(open_teacher(folder, device, held_out)) if open_teacher else None
-        if teaching is not None:
-            notes += [*teaching.notes, *width_notes(teaching, model.dims, recipe.losses)]
         mixture = opened(None)
-        request = _request(recipe, model, model_name, mixture, teaching)
+        request = _request(recipe, model, model_name, mixture, teaching, finder)
         position = None
         if not dry:
             if ranks.is_first:
                 folder.begin(request, overwrite=overwrite)
             ranks.wait()
-            position = _saved_position(folder)
+            position = saved_position(folder)
         if position is not None:
             mixture.close()
             mixture = opened(position)
@@ -181,6 +190,7 @@ def prepare(
             request=request,
             reopened=lambda: opened(position),
             teaching=teaching,
+            finder=finder,
             notes=notes,
         )
 
@@ -193,7 +203,7 @@ def evaluated(recipe: TrainRecipe) -> bool:
     return bool(recipe.evaluation.pairs or recipe.evaluation.sets)
 
 
-def pick_device(recipe: TrainRecipe) -> Device:
+def pick_device(recipe: RunRecipe) -> Device:
     """The device of this rank; its threads are set."""
     import torch
 
@@ -279,24 +289,26 @@ def _request(
     model_name: str,
     mixture: Mixture,
     teaching: Teaching | None,
+    finder: Teaching | None,
 ) -> dict[str, Any]:
     """What the weights of a run depend on, for job.json and gemb.json."""
-    teacher = {} if teaching is None else {"teacher": teaching.fingerprint[:12]}
+    others = {"teacher": teaching, "false_negatives": finder if finder is not teaching else None}
+    taught = {key: one.fingerprint[:12] for key, one in others.items() if one is not None}
     return {
-        "recipe": _recipe_values(recipe),
-        "model": {"name": model_name, "fingerprint": fingerprint(model)[:12], **teacher},
+        "recipe": recipe_values(recipe),
+        "model": {"name": model_name, "fingerprint": fingerprint(model)[:12], **taught},
         "data": {member.name: member.prepared.fingerprint[:12] for member in mixture.members},
         "versions": {name: metadata.version(name) for name in _PACKAGES},
     }
 
 
-def _recipe_values(recipe: TrainRecipe) -> dict[str, Any]:
+def recipe_values(recipe: RunRecipe) -> dict[str, Any]:
     """What a recipe says by dotted key; through JSON, so that it compares equal to what job.json gives."""
     values: dict[str, Any] = orjson.loads(orjson.dumps(flat(resolved(recipe))))
     return values
 
 
-def _saved_position(folder: RunFolder) -> Mapping[str, Any] | None:
+def saved_position(folder: RunFolder) -> Mapping[str, Any] | None:
     """The place in the data that the newest checkpoint holds; None where there is none."""
     from gemb.training.checkpoints import Checkpoints
 

@@ -36,8 +36,8 @@ from gemb.vectors.readers import VectorFile
 if TYPE_CHECKING:
     from gemb.device import Device
     from gemb.training.data_recipe import DataSet
-    from gemb.training.distill_recipe import DistillRecipe
     from gemb.training.run_folder import RunFolder
+    from gemb.training.teacher_recipe import VectorSource
     from gemb.training.teaching import OpenTeacher, Teaching
 
 ROLES = ("query", "passage")
@@ -49,10 +49,9 @@ _ROWS_AT_ONCE = 4096
 _WAIT_SECONDS = 24 * 3600.0  # for another process of this run that prepares the same teacher
 
 
-def opener(recipe: DistillRecipe) -> OpenTeacher:
-    """What opens the stored vectors of a recipe as the teacher of its run."""
-    settings = recipe.teacher
-    if settings is None or settings.vectors is None or settings.texts is None:
+def opener(settings: VectorSource) -> OpenTeacher:
+    """What opens the stored vectors of a recipe as a teacher of its run."""
+    if settings.vectors is None or settings.texts is None:
         raise ValueError("the recipe's teacher is not stored vectors")
     vectors, texts = settings.vectors, settings.texts
 

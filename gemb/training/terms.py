@@ -17,9 +17,11 @@ from gemb.losses import (
     GTE,
     QWEN3,
     Direction,
+    Guide,
     contrastive,
     cosent,
     cosine_error,
+    count_left_out,
     embedding_matching,
     orthogonality,
     samtone,
@@ -39,9 +41,10 @@ from gemb.training.recipe import (
     SimilarityTerm,
     SpreadOutTerm,
 )
+from gemb.training.teacher_recipe import FalseNegatives
 
 Teacher = Callable[[TrainingBatch], Tensor]
-"""The teacher's vectors [R, E] of the rows of a batch."""
+"""A teacher's vectors [R, E] of the rows of a batch."""
 
 _ALSO: Mapping[str, Sequence[Direction]] = {
     "none": (),
@@ -65,15 +68,17 @@ class Rows:
     owner: Tensor | None
     teacher: Tensor | None
     """[R, E]."""
+    finder: Tensor | None
+    """[R, E'], by which false negatives are found; None where those are the model's own."""
 
     @classmethod
-    def of(cls, vectors: Tensor, batch: TrainingBatch, teacher: Tensor | None) -> Rows:
+    def of(cls, vectors: Tensor, batch: TrainingBatch, teacher: Tensor | None, finder: Tensor | None) -> Rows:
         """The parts of vectors[R, D]."""
         pairs = batch.pairs
         has_negatives = len(vectors) > 2 * pairs
         owner = torch.from_numpy(batch.owner).to(vectors.device) if has_negatives else None
         negatives = vectors[2 * pairs :] if has_negatives else None
-        return cls(batch, vectors[:pairs], vectors[pairs : 2 * pairs], negatives, owner, teacher)
+        return cls(batch, vectors[:pairs], vectors[pairs : 2 * pairs], negatives, owner, teacher, finder)
 
     def hashes(self) -> dict[str, Tensor]:
         """The hashes of all texts by role, as the losses take them."""
@@ -87,6 +92,66 @@ class Rows:
         if self.teacher is None:
             raise ValueError("a term needs a teacher's vectors, and there are none")
         return self.teacher
+
+    def guide(self, settings: FalseNegatives | None) -> Guide | None:
+        """The view of whoever finds false negatives; None where nobody does."""
+        if settings is None:
+            return None
+        margins = settings.margin, settings.relative_margin is not None
+        if settings.own:
+            apart = None if self.negatives is None else self.negatives.detach()
+            return Guide(self.queries.detach(), self.positives.detach(), apart, *margins)
+        if self.finder is None:
+            raise ValueError("false negatives are to be found by a teacher's vectors, and there are none")
+        pairs = self.batch.pairs
+        apart = None if self.negatives is None else self.finder[2 * pairs :]
+        return Guide(self.finder[:pairs], self.finder[pairs : 2 * pairs], apart, *margins)
+
+
+def finder_of(term: LossTerm) -> FalseNegatives | None:
+    """Who finds false negatives for a term."""
+    return term.false_negatives if isinstance(term, ContrastiveTerm) else None
+
+
+def _left_out(term: ContrastiveTerm, rows: Rows) -> dict[str, int]:
+    """How many candidates are no negatives, and of how many, for the report."""
+    hashes = rows.hashes() if term.mask_duplicates else {}
+    guide = rows.guide(term.false_negatives)
+    found = count_left_out(
+        len(rows.queries),
+        len(rows.positives),
+        owner=rows.owner,
+        query_hashes=hashes.get("query_hashes"),
+        positive_hashes=hashes.get("positive_hashes"),
+        negative_hashes=hashes.get("negative_hashes"),
+        guide=guide,
+    )
+    told = {"candidates": found.candidates, "masked_duplicates": found.duplicates}
+    return told if guide is None else {**told, "false_negatives": found.false_negatives}
+
+
+class BatchLoss:
+    """The loss of one batch: called with its vectors [R, D] it gives (loss, terms), see `Loss`."""
+
+    def __init__(
+        self,
+        compute: Callable[[Rows], tuple[Tensor, dict[str, float], dict[str, int]]],
+        batch: TrainingBatch,
+        teacher: Tensor | None,
+        finder: Tensor | None,
+    ) -> None:
+        self._compute = compute
+        self._batch = batch
+        self._teacher = teacher
+        self._finder = finder
+        self.counts: Mapping[str, int] = {}
+        """Of the last call: candidates of the contrastive loss, and how many were left out."""
+
+    def __call__(self, vectors: Tensor) -> tuple[Tensor, Mapping[str, float]]:
+        """The loss and its terms."""
+        rows = Rows.of(vectors, self._batch, self._teacher, self._finder)
+        loss, terms, self.counts = self._compute(rows)
+        return loss, terms
 
 
 class Loss:
@@ -103,13 +168,18 @@ class Loss:
         weights: Sequence[float],
         *,
         teacher: Teacher | None = None,
+        finder: Teacher | None = None,
         projection: nn.Module | None = None,
     ) -> None:
-        """`projection` maps the student's unit rows [B, D] to the teacher's space [B, E]."""
+        """`finder` gives the vectors by which false negatives are found, unless those are the model's own.
+
+        `projection` maps the student's unit rows [B, D] to the teacher's space [B, E].
+        """
         self._terms = terms
         self._sizes = tuple(sizes)
         self._weights = tuple(weights)
         self._teacher = teacher
+        self._finder = finder
         self._projection = projection
 
     @property
@@ -128,20 +198,24 @@ class Loss:
                 f"losses ({names}) is for them; add - name: {hint}"
             )
 
-    def of(self, batch: TrainingBatch) -> Callable[[Tensor], tuple[Tensor, Mapping[str, float]]]:
+    def of(self, batch: TrainingBatch) -> BatchLoss:
         """The loss of one batch, as a function of its vectors [R, D].
 
         Raises GembError if no term is for this kind of batch.
         """
         self.check_kind(batch.dataset, batch.kind)
-        teacher = None
-        if self._teacher is not None and any(term.needs_teacher for term in self._terms):
+        here = [term for term in self._terms if batch.kind in term.batches]
+        teacher = finder = None
+        if self._teacher is not None and any(term.needs_teacher for term in here):
             teacher = self._teacher(batch)
-        return lambda vectors: self._computed(Rows.of(vectors, batch, teacher))
+        if self._finder is not None and any(finder_of(term) is not None for term in here):
+            finder = teacher if self._finder is self._teacher and teacher is not None else self._finder(batch)
+        return BatchLoss(self._computed, batch, teacher, finder)
 
-    def _computed(self, rows: Rows) -> tuple[Tensor, Mapping[str, float]]:
+    def _computed(self, rows: Rows) -> tuple[Tensor, dict[str, float], dict[str, int]]:
         total: Tensor | None = None
         told: dict[str, float] = {}
+        counts: dict[str, int] = {}
         for term in self._terms:
             if rows.batch.kind not in term.batches:
                 continue
@@ -151,9 +225,11 @@ class Loss:
             total = part if total is None else total + part
             for size, value in zip(self._sizes, values.detach().tolist(), strict=False):
                 told[term.name if size == self._sizes[0] else f"{term.name}@{size}"] = value
+            if isinstance(term, ContrastiveTerm):
+                counts = _left_out(term, rows)
         if total is None:
             raise ValueError(f"no term is for batches of {rows.batch.kind}")
-        return total, told
+        return total, told, counts
 
     def _values(self, term: LossTerm, rows: Rows) -> Tensor:
         """The term at each size, [K]; a term without sizes gives [1]."""
@@ -169,6 +245,7 @@ class Loss:
                     query_hashes=hashes.get("query_hashes"),
                     positive_hashes=hashes.get("positive_hashes"),
                     negative_hashes=hashes.get("negative_hashes"),
+                    guide=rows.guide(term.false_negatives),
                     temperature=term.temperature,
                     hardness=term.hardness,
                     hardened=term.hardened,

@@ -336,6 +336,32 @@ def test_a_model_that_became_worse_fails_the_gate_if_wished(place: Path, tmp_pat
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
+def test_false_negatives_are_found_by_a_teacher_counted_and_told(place: Path, tmp_path: Path) -> None:
+    tiny_folder(tmp_path / "teacher", "bert")
+    finder = f"false_negatives: {{model: {tmp_path / 'teacher'}, absolute_margin: 0.0}}"
+    changes = (f"losses=[{{name: contrastive, {finder}}}]", "steps=2")
+    report = trained(place, tmp_path / "out", *changes)
+    lines = [line for line in metrics(tmp_path / "out") if "loss" in line]
+    sums = {name: sum(int(str(line[name])) for line in lines) for name in ("candidates", "false_negatives")}
+    assert 0 < sums["false_negatives"] < sums["candidates"]
+    assert report.data["counts"] == {**sums, "masked_duplicates": 0}
+    share = sums["false_negatives"] / sums["candidates"]
+    assert dict(report.rows)["masked"] == (
+        f"of {sums['candidates']:,} candidates 0 (0.00%) repeat a text, "
+        f"{sums['false_negatives']:,} ({share:.2%}) are likely false negatives"
+    )
+    first = float(str(lines[0]["loss"]))
+    plain = trained(place, tmp_path / "plain", "losses=[{name: contrastive}]", "steps=2")
+    assert first < float(str(metrics(tmp_path / "plain")[1]["loss"]))
+    # A teacher whose weights changed is another run.
+    output = tmp_path / "stopped"
+    stopped(place, output, *changes, after=1)
+    tiny_folder(tmp_path / "teacher", "bert", pooling="cls")
+    with pytest.raises(GembError, match="model false_negatives was "):
+        trained(place, output, *changes)
+    assert "false_negatives" not in str(plain.data["counts"])
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

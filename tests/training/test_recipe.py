@@ -61,6 +61,25 @@ optimizer: {learning_rate: fast}
     ("text", "problem"),
     [
         (
+            "losses: [{name: contrastive, false_negatives: {}}]",
+            "false_negatives names nobody who finds them; give model, vectors, or own: true",
+        ),
+        (
+            "losses: [{name: contrastive, false_negatives: {own: true, model: minilm}}]",
+            "line 2: losses.0.false_negatives: own is true, but a teacher is given, too; "
+            "leave one of them out",
+        ),
+        (
+            "losses: [{name: contrastive, false_negatives: {own: true, absolute_margin: 0, "
+            "relative_margin: 0.1}}]",
+            "line 2: losses.0.false_negatives: absolute_margin and relative_margin are both given; "
+            "give one of them",
+        ),
+        (
+            "losses: [{name: contrastive, false_negatives: {vectors: v.npy}}]",
+            "line 2: losses.0.false_negatives: vectors and texts go together; give both, or a model",
+        ),
+        (
             "steps: 5\nepochs: 2.0",
             "steps and epochs are both given; set one to null, as a run has one length",
         ),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gemb.losses import (
     GECKO,
+    Guide,
     contrastive,
     cosent,
     cosine_error,
@@ -30,6 +31,7 @@ from gemb.training.recipe import (
     SimilarityTerm,
     SpreadOutTerm,
 )
+from gemb.training.teacher_recipe import FalseNegatives
 from gemb.training.terms import Loss
 from tests.training.fakes import hashes_of, tiny_batch
 
@@ -141,6 +143,52 @@ def test_equal_texts_are_no_negatives_unless_wished() -> None:
     assert value(ContrastiveTerm(name="contrastive", mask_duplicates=False), batch=batch) == value(
         ContrastiveTerm(name="contrastive")
     )
+
+
+@pytest.mark.parametrize(("absolute", "relative"), [(None, None), (-0.3, None), (None, 0.4)])
+@pytest.mark.parametrize("own", [False, True])
+def test_false_negatives_are_found_by_the_guide_of_the_losses(
+    absolute: float | None, relative: float | None, own: bool
+) -> None:
+    finder = FalseNegatives(own=own, absolute_margin=absolute, relative_margin=relative)
+    term = ContrastiveTerm(name="contrastive", false_negatives=finder)
+    loss = Loss((term,), SIZES, WEIGHTS, finder=lambda batch: TEACHER).of(BATCH)
+    value, _ = loss(VECTORS)
+    rows = VECTORS if own else TEACHER
+    margin = absolute or relative or 0.0
+    guide = Guide(rows[:5], rows[5:10], rows[10:], margin, relative=relative is not None)
+    expected = weighted(contrastive(Q, P, N, owner=OWNER, sizes=SIZES, guide=guide))
+    assert float(value) == pytest.approx(expected)
+    assert float(value) < weighted(contrastive(Q, P, N, owner=OWNER, sizes=SIZES))
+    # Counted by hand: the others' positives and the own hard negatives that are too good.
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    positive = (unit[:5] * unit[5:10]).sum(1)
+    limit = positive - margin * (positive.abs() if relative is not None else 1)
+    others = (unit[:5] @ unit[5:10].T > limit[:, None]) & ~torch.eye(5, dtype=torch.bool)
+    apart = (unit[:5][OWNER] * unit[10:]).sum(1) > limit[OWNER]
+    found = int(others.sum() + apart.sum())
+    assert loss.counts == {"candidates": 23, "masked_duplicates": 0, "false_negatives": found}
+    assert found > 0
+
+
+def test_own_false_negatives_send_no_gradient_back() -> None:
+    # The rule only chooses candidates: with all of them left out there is nothing to learn.
+    term = ContrastiveTerm(name="contrastive", false_negatives=FalseNegatives(own=True, absolute_margin=2.0))
+    vectors = VECTORS.clone().requires_grad_()
+    loss = Loss((term,), SIZES, WEIGHTS).of(BATCH)
+    (gradient,) = torch.autograd.grad(loss(vectors)[0], vectors)
+    assert not gradient.any()
+    assert loss.counts["false_negatives"] == loss.counts["candidates"] == 23
+
+
+def test_masked_duplicates_are_counted() -> None:
+    batch = replace(BATCH, hashes=hashes_of(["a", "b", "a", "d", "e", *"pqrst", *"xyz"]))
+    loss = Loss((ContrastiveTerm(name="contrastive"),), SIZES, WEIGHTS).of(batch)
+    loss(VECTORS)
+    assert loss.counts == {"candidates": 23, "masked_duplicates": 2}
+    unmasked = Loss((ContrastiveTerm(name="contrastive", mask_duplicates=False),), SIZES, WEIGHTS).of(batch)
+    unmasked(VECTORS)
+    assert unmasked.counts == {"candidates": 23, "masked_duplicates": 0}
 
 
 def test_the_gradient_of_an_all_duplicate_batch_is_finite() -> None:
