@@ -1,4 +1,4 @@
-"""`gemb adapt`: a decoder language model in, a bidirectional encoder out."""
+"""`gemb adapt`: a decoder language model in, an encoder or an encoder-decoder out."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +18,8 @@ def adapt(
         str | None,
         typer.Argument(metavar="SOURCE", help="The decoder: a model folder, or a name on the hub."),
     ] = None,
+    to: Annotated[str | None, option(AdaptRecipe, "to")] = None,
+    decoder: Annotated[str | None, option(AdaptRecipe, "decoder", metavar="MODEL")] = None,
     output: Annotated[Path | None, option(AdaptRecipe, "output")] = None,
     attention: Annotated[str | None, option(AdaptRecipe, "attention")] = None,
     pooling: Annotated[str | None, option(AdaptRecipe, "pooling")] = None,
@@ -41,7 +43,7 @@ def adapt(
     quiet: QuietOption = False,
     verbose: VerboseOption = 0,
 ) -> None:
-    """Turn a decoder language model into a bidirectional encoder, proved.
+    """Turn a decoder language model into a bidirectional encoder, or into an encoder-decoder, proved.
 
     Example: gemb adapt google/gemma-3-270m -o runs/encoder
     """
@@ -49,6 +51,8 @@ def adapt(
 
     given: dict[str, object] = {
         "source": source,
+        "to": to,
+        "decoder": decoder,
         "output": output,
         "attention": attention,
         "pooling": pooling,

@@ -1,4 +1,4 @@
-"""`gemb adapt`: a decoder language model in, a bidirectional encoder out, proved before it is kept.
+"""`gemb adapt`: a decoder language model in, an encoder or an encoder-decoder out, proved before it is kept.
 
     report = run(AdaptRecipe(source="google/gemma-3-270m", output=Path("runs/encoder")))
 
@@ -7,30 +7,40 @@ The weights are those of the source to the byte. See docs/adapt.md for what is w
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from gemb.errors import GembError, MismatchError
 from gemb.files import check_writable, readable_bytes, write_json
+from gemb.jobs import adapt_encoder_decoder
+from gemb.jobs.adapt_table import tensor_table
 from gemb.jobs.record import versions
 from gemb.model.adapting import REPORT, Adaptation, Adapted, Pooling, Wanted
 from gemb.model.adapting import plan as plan_adaptation
 from gemb.model.adapting import write as write_adaptation
+from gemb.model.adapting.encoder_decoder import EncoderDecoderAdaptation
+from gemb.model.adapting.encoder_decoder import plan as plan_encoder_decoder
+from gemb.model.adapting.key_maps import is_encoder_decoder
 from gemb.model.attention import describe, is_bidirectional, reach_of_layers
 from gemb.model.folder import ModelFolder, read_folder
 from gemb.model.hub import find_model
 from gemb.model.pruned import write_pruned
 from gemb.recipe import ModelName, Recipe, RecipeInput, RecipePath, resolved
-from gemb.report import Event, OnProgress, Plan, Report, Table, counted, ignore
+from gemb.report import Event, OnProgress, Plan, Report, ignore
+
+if TYPE_CHECKING:
+    from gemb.model.adapting.proofs import Proofs
 
 __all__ = ["AdaptRecipe", "plan", "run"]
 
-_LAYER = re.compile(r"(.*?layers\.)(\d+)(\..*)")
+
+_OF_CUTS = frozenset({"source", "output", "keep_layers", "keep_vocab", "vocabulary", "seed", "offline"})
+_OF_ENCODER_DECODERS = frozenset({"source", "to", "decoder", "output", "dropout", "seed", "offline"})
+"""The keys that are read for what is not a new encoder."""
 
 
 class AdaptRecipe(Recipe):
@@ -39,9 +49,14 @@ class AdaptRecipe(Recipe):
     kind: ClassVar[str] = "adapt"
 
     source: ModelName | None = None
-    """The decoder: a folder, or a name on the Hugging Face hub; an encoder, to cut it smaller."""
+    """The decoder: a folder, or a name on the Hugging Face hub; an encoder-decoder, to take its encoder; an
+    encoder, to cut it smaller."""
+    to: Literal["encoder", "encoder-decoder"] = "encoder"
+    """What it becomes; a T5Gemma of Gemma 2 and a T5Gemma 2 of Gemma 3 are encoder-decoders."""
+    decoder: ModelName | None = None
+    """Another model for the decoder of an encoder-decoder, such as a smaller one; by default the source."""
     output: RecipePath | None = None
-    """The folder of the encoder."""
+    """The folder to write."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     """Whether a token sees the whole text, or, as before, only what stands before it."""
     pooling: Pooling = "mean"
@@ -110,6 +125,17 @@ class AdaptRecipe(Recipe):
         if self.attention == "causal" and self.pooling in ("cls", "first-k"):
             raise ValueError("the first token of a causal model has seen nothing; choose another pooling")
         self._check_pooling()
+        if self.to == "encoder-decoder":
+            others = _given(self, beside=_OF_ENCODER_DECODERS)
+            if others:
+                raise ValueError(
+                    f"{', '.join(others)} given, which an encoder-decoder has no use for; "
+                    "give them when its encoder is taken"
+                )
+        elif self.decoder is not None:
+            raise ValueError(
+                "decoder is the other half of an encoder-decoder; pass --to encoder-decoder, too"
+            )
         return self
 
     def _check_pooling(self) -> None:
@@ -127,6 +153,16 @@ class AdaptRecipe(Recipe):
                 raise ValueError(f"{key} has no meaning for the pooling {self.pooling}; leave it out")
 
 
+def _given(recipe: AdaptRecipe, *, beside: Collection[str]) -> list[str]:
+    """The keys that are not as by default, other than those `beside`."""
+    plain = AdaptRecipe()
+    return [
+        name
+        for name in AdaptRecipe.model_fields
+        if name not in beside and getattr(recipe, name) != getattr(plain, name)
+    ]
+
+
 def plan(recipe: AdaptRecipe) -> Plan:
     """What `run` would write, for --dry-run; only headers and configs are read, and the files of keep_vocab.
 
@@ -134,6 +170,8 @@ def plan(recipe: AdaptRecipe) -> Plan:
     """
     source, output = _opened(recipe, ignore)
     _refuse_existing(output)
+    if recipe.to == "encoder-decoder":
+        return adapt_encoder_decoder.planned(_encoder_decoder(recipe, source, ignore), output)
     if _is_encoder(source):
         _only_cuts(recipe, source)
         needs = source.weights().size_bytes
@@ -145,7 +183,7 @@ def plan(recipe: AdaptRecipe) -> Plan:
     return Plan(
         title=f"would adapt {source.path} into {output}",
         rows=_rows(adaptation),
-        tables=[_table(adaptation, {})],
+        tables=[tensor_table(adaptation.tensors)],
         outputs=[output],
         data={
             "source": str(source.path),
@@ -159,7 +197,7 @@ def plan(recipe: AdaptRecipe) -> Plan:
 
 
 def run(recipe: AdaptRecipe, on_progress: OnProgress = ignore) -> Report:
-    """Write the encoder and prove it.
+    """Write the encoder or encoder-decoder and prove it.
 
     Raises GembError for a source that does not fit and an output that exists, GateError (8) for a proof that
     fails; then nothing is left at the output.
@@ -170,6 +208,9 @@ def run(recipe: AdaptRecipe, on_progress: OnProgress = ignore) -> Report:
         "recipe": resolved(recipe),
         "versions": {**versions(), "transformers": metadata.version("transformers")},
     }
+    if recipe.to == "encoder-decoder":
+        adapted_pair = _encoder_decoder(recipe, source, on_progress)
+        return adapt_encoder_decoder.written(adapted_pair, output, about, on_progress)
     if _is_encoder(source):
         return _cut_encoder(recipe, source, output, about)
     adaptation = _adaptation(recipe, source)
@@ -188,10 +229,14 @@ def _opened(recipe: AdaptRecipe, on_progress: OnProgress) -> tuple[ModelFolder, 
     if recipe.output is None:
         raise GembError("no output given; pass -o FOLDER")
 
+    return _model(recipe.source, recipe, on_progress), recipe.output
+
+
+def _model(name: str, recipe: AdaptRecipe, on_progress: OnProgress) -> ModelFolder:
     def announce(line: str) -> None:
         on_progress(Event("downloading", 0, note=line))
 
-    return read_folder(find_model(recipe.source, offline=recipe.offline, announce=announce)), recipe.output
+    return read_folder(find_model(name, offline=recipe.offline, announce=announce))
 
 
 def _refuse_existing(output: Path) -> None:
@@ -200,8 +245,17 @@ def _refuse_existing(output: Path) -> None:
 
 
 def _is_encoder(source: ModelFolder) -> bool:
+    if is_encoder_decoder(source):
+        return False
     reaches = reach_of_layers(source.text_config)
     return bool(reaches) and is_bidirectional(reaches or ())
+
+
+def _encoder_decoder(
+    recipe: AdaptRecipe, source: ModelFolder, on_progress: OnProgress
+) -> EncoderDecoderAdaptation:
+    decoder = None if recipe.decoder is None else _model(recipe.decoder, recipe, on_progress)
+    return plan_encoder_decoder(source, decoder, dropout=recipe.dropout, seed=recipe.seed)
 
 
 def _adaptation(recipe: AdaptRecipe, source: ModelFolder) -> Adaptation:
@@ -242,13 +296,7 @@ def _texts_of(files: Sequence[str]) -> Iterator[str]:
 
 def _only_cuts(recipe: AdaptRecipe, source: ModelFolder) -> None:
     """Raises MismatchError unless layers or vocabulary are to be cut, and nothing else."""
-    cuts = {"source", "output", "keep_layers", "keep_vocab", "vocabulary", "seed", "offline"}
-    plain = AdaptRecipe()
-    others = [
-        name
-        for name in AdaptRecipe.model_fields
-        if name not in cuts and getattr(recipe, name) != getattr(plain, name)
-    ]
+    others = _given(recipe, beside=_OF_CUTS)
     if others or not (recipe.keep_layers or recipe.keep_vocab):
         asked = f" ({', '.join(others)} given)" if others else ""
         raise MismatchError(
@@ -296,11 +344,7 @@ def _report(adaptation: Adaptation, adapted: Adapted, output: Path) -> Report:
             ("padding", f"the source names no token for it; {adapted.padding_token} is taken, masked")
         )
     rows += [
-        (
-            "proved",
-            f"with the causal mask its states are the source's (difference {proofs.source_difference:g})",
-        ),
-        *_class_row(adaptation, proofs.class_difference),
+        *_source_rows(adaptation, proofs),
         ("", f"each layer sees as far as config.json says: {', '.join(dict.fromkeys(proofs.reaches))}"),
         ("", f"transformers: {', '.join(f'{name} {way}' for name, way in proofs.implementations.items())}"),
         ("", f"padding moves a state by {proofs.padding_difference:.0e} of the largest at most"),
@@ -313,16 +357,27 @@ def _report(adaptation: Adaptation, adapted: Adapted, output: Path) -> Report:
         title=f"adapted {adaptation.source.path} into {output}",
         rows=rows,
         data={"output": str(output), **as_json(adaptation, adapted)},
-        tables=[_table(adaptation, adapted.new)],
+        tables=[tensor_table(adaptation.tensors, adapted.new)],
         outputs=[output],
     )
 
 
-def _class_row(adaptation: Adaptation, difference: float | None) -> list[tuple[str, str]]:
-    """What was seen where the encoder has another class than the decoder."""
-    if difference is None:
-        return []
-    return [("", f"they are those of {adaptation.kind} without the mask, too (difference {difference:g})")]
+def _source_rows(adaptation: Adaptation, proofs: Proofs) -> list[tuple[str, str]]:
+    """What was seen beside the source."""
+    if is_encoder_decoder(adaptation.source):
+        tokens, beyond = proofs.source_tokens, proofs.difference_beyond
+        up_to = "" if tokens is None else f" for texts of up to {tokens:,} tokens"
+        said = f"its states are those of the source's encoder{up_to}"
+        rows = [("proved", f"{said} (difference {proofs.source_difference:g})")]
+        if beyond is not None:
+            rows.append(("", f"a longer text differs by {beyond:.0e}: a window is one wider here"))
+        return rows
+    said = f"with the causal mask its states are the source's (difference {proofs.source_difference:g})"
+    rows = [("proved", said)]
+    if proofs.class_difference is not None:
+        said = f"they are those of {adaptation.kind} without the mask, too"
+        rows.append(("", f"{said} (difference {proofs.class_difference:g})"))
+    return rows
 
 
 def _rows(adaptation: Adaptation) -> list[tuple[str, str]]:
@@ -330,8 +385,11 @@ def _rows(adaptation: Adaptation) -> list[tuple[str, str]]:
     reaches = reach_of_layers(config)
     widths = [int(config["hidden_size"]), *wanted.projections]
     architecture = config["architectures"][0]
+    kind = adaptation.kind
+    if is_encoder_decoder(adaptation.source):
+        kind = f"the encoder of {adaptation.source.family}"
     rows = [
-        ("source", f"{adaptation.source.path} ({adaptation.kind})"),
+        ("source", f"{adaptation.source.path} ({kind})"),
         ("becomes", f"{architecture} of transformers, no code in the folder"),
         ("attention", "causal" if reaches is None else describe(reaches)),
         ("pooling", f"{adaptation.pooling.described}{', then unit length' if wanted.normalise else ''}"),
@@ -350,27 +408,3 @@ def _rows(adaptation: Adaptation) -> list[tuple[str, str]]:
     if adaptation.cut is not None:
         rows.append(("vocabulary", f"{len(adaptation.cut.kept):,} tokens"))
     return rows
-
-
-def _table(adaptation: Adaptation, new: Mapping[str, tuple[int, ...]]) -> Table:
-    """Every tensor and its origin; the same of all layers in one line."""
-    folded: dict[tuple[str, str, str, str], int] = {}
-    for origin in adaptation.tensors.origins:
-        sources = " + ".join(_folded(name) for name in origin.sources)
-        shape = " x ".join(map(str, origin.piece.shape))
-        key = (_folded(origin.piece.name), shape, origin.change, sources)
-        folded[key] = folded.get(key, 0) + 1
-    rows = [
-        [name, str(count), shape, change, sources] for (name, shape, change, sources), count in folded.items()
-    ]
-    rows += [[name, "1", " x ".join(map(str, shape)), "new, random", ""] for name, shape in new.items()]
-    left: dict[str, int] = {}
-    for name in adaptation.tensors.left_out:
-        left[_folded(name)] = left.get(_folded(name), 0) + 1
-    rows += [["", str(count), "", "left out", name] for name, count in left.items()]
-    title = counted(len(adaptation.tensors.origins) + len(new), "tensor")
-    return Table(("tensor", "count", "shape", "origin", "from"), rows, title=title, right_aligned=("count",))
-
-
-def _folded(name: str) -> str:
-    return _LAYER.sub(r"\1*\3", name)

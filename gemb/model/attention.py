@@ -60,7 +60,7 @@ def describe(layers: Sequence[Reach]) -> str:
     """One line: `24 layers, bidirectional; 20 window ±256, 4 full (6, 12, 18, 24)`; layers count from 1."""
     direction = "bidirectional" if is_bidirectional(layers) else "causal: a token sees only what is before it"
     count = f"{len(layers)} layer{'s' if len(layers) != 1 else ''}, {direction}"
-    kinds = sorted(set(layers), key=lambda reach: -layers.count(reach))
+    kinds = sorted(dict.fromkeys(layers), key=lambda reach: -layers.count(reach))
     if len(kinds) == 1:
         return f"{count}; all {kinds[0]}"
     places = [[place for place, reach in enumerate(layers, 1) if reach == kind] for kind in kinds]
