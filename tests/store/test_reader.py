@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -5,9 +6,9 @@ import pytest
 from numpy.typing import NDArray
 
 from gemb.errors import GembError, MismatchError
-from gemb.store import Document, Index, Settings, Writer
+from gemb.store import Document, Index, Settings, Writer, reader
 from gemb.store.blocks import DamagedError
-from gemb.store.catalogue import SEGMENTS
+from gemb.store.catalogue import SEGMENTS, Catalogue
 from gemb.store.where import parse
 from gemb.vectors.layout import DType
 
@@ -73,6 +74,36 @@ def test_a_filter_finds_the_best_of_what_it_keeps(
     with Index.open(made(tmp_path / "wiki", graph=graph)) as index:
         hits = index.search(QUERIES, k=10, where=parse(condition, index.fields()), exact=True)
     assert [[hit.id for hit in found] for found in hits] == plainly(ROWS, 10, kept)
+
+
+def test_a_filter_asks_the_documents_once_a_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    own = Catalogue.keys_where
+
+    def keys_where(self: Catalogue, fragment: str, parameters: Sequence[object]) -> NDArray[np.uint64]:
+        asked.append(fragment)
+        return own(self, fragment, parameters)
+
+    monkeypatch.setattr(Catalogue, "keys_where", keys_where)
+    made(tmp_path / "wiki")
+    with Index.open(tmp_path / "wiki") as index:
+        where = parse("part = 3", index.fields())
+        found = [hit.id for hit in index.search(QUERIES[0], k=99, where=where)[0]]
+        assert [hit.id for hit in index.search(QUERIES[0], k=99, where=where)[0]] == found
+        assert len(asked) == 1
+        index.search(QUERIES[0], where=parse("part = 4", index.fields()))
+        assert len(asked) == 2
+        with Writer.open(tmp_path / "wiki") as writer:
+            writer.put([Document("new", "", "", {"part": 3})], QUERIES[:1])
+            writer.commit()
+        assert [hit.id for hit in index.search(QUERIES[0], k=99, where=where)[0]] == ["new", *found]
+        assert len(asked) == 3
+        monkeypatch.setattr(reader, "REMEMBERED_BYTES", 0)
+        index.search(QUERIES[0], where=parse("part = 4", index.fields()))
+        assert index.search(QUERIES[0], k=99, where=where)[0][0].id == "new"
+        assert len(asked) == 5, "what takes too much memory is forgotten"
 
 
 def test_a_query_alone_and_among_others_scores_the_same_to_the_bit(tmp_path: Path) -> None:
