@@ -54,6 +54,7 @@ def embed(
     max_seconds: Annotated[float | None, option(EmbedRecipe, "max_seconds")] = None,
     device: Annotated[str | None, DEVICE_OPTION] = None,
     precision: Annotated[str | None, option(EmbedRecipe, "precision")] = None,
+    engine: Annotated[str | None, option(EmbedRecipe, "engine")] = None,
     threads: Annotated[int | None, option(EmbedRecipe, "threads")] = None,
     batch_tokens: Annotated[int | None, option(EmbedRecipe, "batch_tokens")] = None,
     shard: Annotated[str | None, option(EmbedRecipe, "shard")] = None,

@@ -39,6 +39,7 @@ def eval(  # shadows the builtin, which nobody here needs
     ] = None,
     device: Annotated[str | None, option(EvalRecipe, "device")] = None,
     precision: Annotated[str | None, option(EvalRecipe, "precision")] = None,
+    engine: Annotated[str | None, option(EvalRecipe, "engine")] = None,
     threads: Annotated[int | None, option(EvalRecipe, "threads")] = None,
     batch_tokens: Annotated[int | None, option(EvalRecipe, "batch_tokens")] = None,
     offline: Annotated[bool | None, option(EvalRecipe, "offline")] = None,

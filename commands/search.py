@@ -40,6 +40,7 @@ def search(
     model: Annotated[str | None, option(SearchRecipe, "model")] = None,
     device: Annotated[str | None, option(SearchRecipe, "device")] = None,
     precision: Annotated[str | None, option(SearchRecipe, "precision")] = None,
+    engine: Annotated[str | None, option(SearchRecipe, "engine")] = None,
     threads: Annotated[int | None, option(SearchRecipe, "threads")] = None,
     batch_tokens: Annotated[int | None, option(SearchRecipe, "batch_tokens")] = None,
     offline: Annotated[bool | None, option(SearchRecipe, "offline")] = None,

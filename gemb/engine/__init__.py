@@ -2,8 +2,8 @@
 
 An `Engine` computes one batch; `run_batches` drives it from worker threads and deals with what can go
 wrong: too little memory (smaller batches), a batch that fails (down to the row), vectors that are no
-vectors (not finite, or zero). Nothing here knows torch; `gemb.engine.torch_engine` and the processes
-of `gemb.engine.workers` stand behind the protocol.
+vectors (not finite, or zero). Nothing here knows torch; `gemb.engine.torch_engine`, the processes of
+`gemb.engine.workers` and, without torch, `gemb.engine.onnx_engine` stand behind the protocol.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Engine(Protocol):
     workers: int
     """Threads that may call `forward` at the same time."""
     precision: str
-    """fp32 or bf16: what it computes in; both with a + between, where several devices differ."""
+    """What it computes in: fp32, bf16, or `fp32 onnx`; with a + between, where several devices differ."""
     device_line: str
     """What runs where and why, as it is shown to people."""
     notes: tuple[str, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from gemb.text.batches import token_batches
 from gemb.text.prompts import Prompts
 from gemb.text.tokenisation import Tokeniser
 from gemb.vectors import cut
+
+if TYPE_CHECKING:
+    from gemb.engine.opening import EngineName
 
 
 class Encoder:
@@ -45,12 +49,15 @@ class Encoder:
         max_tokens: int | None = None,
         batch_tokens: int | None = None,
         offline: bool = False,
+        engine: EngineName = "auto",
+        few_texts: bool = False,
     ) -> Encoder:
         """The encoder of a model folder, a hub name, or `minilm`.
 
         `device` is auto, cpu, cuda, cuda:N, mps, or several with commas between; `precision` auto, fp32 or
         bf16; `threads` worker threads on a CPU; `max_tokens` cuts longer texts and may not exceed the
-        model's own maximum.
+        model's own maximum. `engine` torch runs everything; onnx needs no torch; auto is onnx if `few_texts`
+        are to be expected and the model has a graph, in its folder or in the cache.
 
         Raises GembError: UnavailableError if the model cannot be had, MismatchError if a part is unknown.
         """
@@ -60,15 +67,17 @@ class Encoder:
         if max_tokens is not None and max_tokens > folder.max_tokens:
             raise GembError(f"max_tokens is {max_tokens:,}, but {model} takes {folder.max_tokens:,} at most")
         tokeniser = load_tokeniser(folder, max_tokens)
-        engine = open_engine(
+        opened = open_engine(
             folder,
             device=device,
             precision=precision,
             threads=threads,
             batch_tokens=batch_tokens,
             notice=lambda _: None,
+            engine=engine,
+            few_texts=few_texts,
         )
-        return cls(folder, tokeniser, engine)
+        return cls(folder, tokeniser, opened)
 
     @property
     def dims(self) -> int:

@@ -1,4 +1,8 @@
-"""An engine for a model folder on the device, or the devices, that the user names."""
+"""An engine for a model folder on the device, or the devices, that the user names.
+
+torch runs everything. For a few texts onnxruntime is there sooner, where a graph of the model is at hand:
+importing torch alone takes longer than such a search.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Literal, TypeAlias
 
 from gemb.device import all_devices, pick
 from gemb.engine import Engine
+from gemb.engine.onnx_engine import PRECISION as ONNX_PRECISION
+from gemb.engine.onnx_engine import OnnxEngine, find_graph, is_installed, write_cached_graph
 from gemb.engine.workers import ProcessEngine
+from gemb.errors import GembError, UnavailableError
 from gemb.model.folder import ModelFolder
+
+EngineName: TypeAlias = Literal["auto", "torch", "onnx"]
 
 
 def open_engine(
@@ -22,11 +32,20 @@ def open_engine(
     threads: int | None,
     batch_tokens: int | None,
     notice: Callable[[str], None],
+    engine: EngineName = "auto",
+    few_texts: bool = False,
 ) -> Engine:
-    """A torch engine in this process; for several devices, with commas between, one process for each.
+    """An engine in this process; for several devices, with commas between, one process with torch for each.
 
-    On a CPU the threads are divided among its processes. `notice` hears of a process that died.
+    On a CPU the threads are divided among its processes. `notice` hears of a process that died, and of a
+    graph that is written. `engine` auto is onnx for `few_texts` where nothing else is asked of device and
+    precision and a graph is there, else torch. onnx writes the graph if there is none.
+
+    Raises GembError if `engine` is onnx and does not go with the rest.
     """
+    found = _open_onnx(folder, engine, device, precision, threads, batch_tokens, notice, few_texts=few_texts)
+    if found is not None:
+        return found
     names = all_devices(device)
     if len(names) == 1:
         return open_here(folder, names[0], precision, threads, batch_tokens)
@@ -40,6 +59,75 @@ def open_engine(
         names,
         notice,
     )
+
+
+def _open_onnx(
+    folder: ModelFolder,
+    engine: EngineName,
+    device: str,
+    precision: str,
+    threads: int | None,
+    batch_tokens: int | None,
+    notice: Callable[[str], None],
+    *,
+    few_texts: bool,
+) -> Engine | None:
+    """The engine without torch; None where torch is to run the model."""
+    if device == "auto":
+        device = os.environ.get("GEMB_DEVICE") or "auto"
+    if engine == "onnx":
+        for option, value, choices in (
+            ("--device", device, ("auto", "cpu")),
+            ("--precision", precision, ("auto", "fp32")),
+        ):
+            if value not in choices:
+                raise GembError(
+                    f"--engine onnx computes in fp32 on the cpu, not with {option} {value}; "
+                    "leave one of them out"
+                )
+        graph = find_graph(folder)
+        if graph is None:
+            notice(f"writing the ONNX graph of {folder.path} into the cache, once")
+            graph = write_cached_graph(folder)
+        return OnnxEngine.load(
+            folder, graph, reason="--engine onnx asks for it", threads=threads, batch_tokens=batch_tokens
+        )
+    asks_for_nothing_else = device in ("auto", "cpu") and precision in ("auto", "fp32")
+    if engine == "torch" or not (few_texts and asks_for_nothing_else and is_installed()):
+        return None
+    graph = find_graph(folder)
+    if graph is None:
+        return None
+    try:
+        return OnnxEngine.load(
+            folder,
+            graph,
+            reason="for a few texts it is there before torch is",
+            threads=threads,
+            batch_tokens=batch_tokens,
+        )
+    except UnavailableError as error:
+        notice(f"torch runs the model instead: {error}")
+        return None
+
+
+def arithmetic(device: str, precision: str, engine: EngineName) -> list[str]:
+    """What vectors of one model may differ by, for the key of a cache of them.
+
+    With a cache `auto` never means onnx: its rows stand for both kinds of run, of few texts and of many.
+    """
+    if engine == "onnx":
+        return ["cpu", ONNX_PRECISION]
+    chosen = pick(all_devices(device)[0], precision)
+    return [chosen.kind, chosen.precision]
+
+
+def options_of(precision: str) -> str:
+    """The options that compute in what an engine calls its `precision`, for messages."""
+    if precision == ONNX_PRECISION:
+        return "--engine onnx"
+    # fp32 is what onnx computes in, too, and auto may choose it.
+    return f"--engine torch --precision {precision}" if precision == "fp32" else f"--precision {precision}"
 
 
 def open_here(

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gemb.device import all_devices, pick
 from gemb.engine import Engine
 from gemb.engine.cache import ARITHMETIC, VectorCache
 from gemb.engine.encoder import Encoder, load_tokeniser
-from gemb.engine.opening import open_engine
+from gemb.engine.opening import EngineName, arithmetic, open_engine
 from gemb.errors import GembError
 from gemb.model.folder import fingerprint, read_folder
 from gemb.model.hub import find_model
@@ -31,6 +30,7 @@ def load_cached(
     max_tokens: int | None = None,
     batch_tokens: int | None = None,
     offline: bool = False,
+    engine: EngineName = "auto",
 ) -> Encoder:
     """What `Encoder.load` gives, with a cache folder in front of its engine.
 
@@ -40,18 +40,18 @@ def load_cached(
     if max_tokens is not None and max_tokens > folder.max_tokens:
         raise GembError(f"max_tokens is {max_tokens:,}, but {model} takes {folder.max_tokens:,} at most")
     tokeniser = load_tokeniser(folder, max_tokens)
-    chosen = pick(all_devices(device)[0], precision)
-    context = [fingerprint(folder), chosen.kind, chosen.precision, str(ARITHMETIC)]
+    context = [fingerprint(folder), *arithmetic(device, precision, engine), str(ARITHMETIC)]
     VectorCache(cache, context=context, dims=folder.dims).close()  # a folder that cannot be one shows now
-    engine = open_engine(
+    opened = open_engine(
         folder,
         device=device,
         precision=precision,
         threads=threads,
         batch_tokens=batch_tokens,
         notice=lambda _: None,
+        engine=engine,
     )
-    return Encoder(folder, tokeniser, CachedEngine(engine, cache, context))
+    return Encoder(folder, tokeniser, CachedEngine(opened, cache, context))
 
 
 class CachedEngine:

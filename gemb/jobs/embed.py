@@ -22,14 +22,14 @@ from gemb.jobs.planning import make_plan
 from gemb.jobs.running import Run
 from gemb.jobs.setup import STDOUT, OpenEngine, open_torch_engine, prepare, reject_limits
 from gemb.jobs.watch import Watch
-from gemb.recipe import ComputeRecipe, RecipeInput, RecipePath
+from gemb.recipe import InferenceRecipe, RecipeInput, RecipePath
 from gemb.report import OnProgress, Plan, Report, ignore
 from gemb.vectors.shards import parse_shard
 
 __all__ = ["EmbedRecipe", "OpenEngine", "is_stdout", "plan", "run", "split_words"]
 
 
-class EmbedRecipe(ComputeRecipe):
+class EmbedRecipe(InferenceRecipe):
     """What `gemb embed` is asked to do."""
 
     kind: ClassVar[str] = "embed"

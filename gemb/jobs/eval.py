@@ -21,7 +21,7 @@ from gemb.evaluation.reading import Choices, read_task
 from gemb.evaluation.views import DTYPES, Dtype
 from gemb.files import check_writable, write_json
 from gemb.model.hub import DEFAULT_MODEL
-from gemb.recipe import ComputeRecipe, ModelName, RecipeInput, RecipePath, resolved
+from gemb.recipe import InferenceRecipe, ModelName, RecipeInput, RecipePath, resolved
 from gemb.report import Event, OnProgress, Report, Table, ignore
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Kind = Literal[
 ]
 
 
-class EvalRecipe(ComputeRecipe):
+class EvalRecipe(InferenceRecipe):
     """What `gemb eval` is asked to do."""
 
     kind: ClassVar[str] = "eval"
@@ -181,6 +181,7 @@ def _opened(recipe: EvalRecipe, model: str) -> Encoder:
             max_tokens=recipe.max_tokens,
             batch_tokens=recipe.batch_tokens,
             offline=recipe.offline,
+            engine=recipe.engine,
         )
 
 

@@ -15,18 +15,19 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from gemb.jobs.index_adding import Run, open_torch_engine
+from gemb.jobs.index_graph import graph_note, keep_graph
 from gemb.jobs.index_planning import make_plan
 from gemb.jobs.index_setup import OpenEngine, parse_passages, prepare
 from gemb.jobs.interrupts import Interrupts
 from gemb.jobs.setup import reject_limits
 from gemb.jobs.watch import Watch
-from gemb.recipe import ComputeRecipe, RecipeInput, RecipePath
+from gemb.recipe import InferenceRecipe, RecipeInput, RecipePath
 from gemb.report import OnProgress, Plan, Report, ignore
 
 __all__ = ["IndexRecipe", "OpenEngine", "plan", "run"]
 
 
-class IndexRecipe(ComputeRecipe):
+class IndexRecipe(InferenceRecipe):
     """What `gemb index` is asked to do."""
 
     kind: ClassVar[str] = "index"
@@ -88,6 +89,9 @@ class IndexRecipe(ComputeRecipe):
     cache: RecipePath | None = None
     """A folder that keeps vectors by content, so that a text embedded before costs nothing; several runs may
     share it."""
+    onnx: bool | None = None
+    """Keep the model's ONNX graph in the cache, so that gemb search starts without torch; by default for
+    models of up to 50 million parameters, where onnxruntime is installed."""
     wait_lock: float = Field(default=0.0, ge=0)
     """Seconds to wait while another run holds the output."""
 
@@ -140,4 +144,9 @@ def run(
     with Interrupts("interrupted before any document of this run; nothing is lost") as interrupts:
         with interrupts.at_once():
             setup = prepare(recipe, overwrite=overwrite, announce=watch.note)
-        return Run(setup, watch, on_progress, interrupts, open_engine or open_torch_engine).run()
+            graph_note(setup)  # what cannot be had shows now
+        report = Run(setup, watch, on_progress, interrupts, open_engine or open_torch_engine).run()
+        if open_engine is None or recipe.onnx:
+            with interrupts.at_once():
+                keep_graph(setup, watch.note)
+        return report

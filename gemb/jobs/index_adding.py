@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gemb.device import all_devices, available_threads, pick
+from gemb.device import available_threads
 from gemb.engine import Engine
 from gemb.engine.ahead import ReadAhead
 from gemb.engine.cache import ARITHMETIC, VectorCache
-from gemb.engine.opening import open_engine, stdout_guarded
+from gemb.engine.opening import arithmetic, open_engine, stdout_guarded
 from gemb.engine.windows import Pace, Refusal, Rules, Window, Windows, compute, pausing
 from gemb.errors import GembError, Interrupted, MismatchError
 from gemb.files import Lock, check_writable
@@ -63,6 +63,7 @@ def open_torch_engine(setup: IndexSetup, encoding: Encoding, notice: Announce) -
         threads=recipe.threads,
         batch_tokens=recipe.batch_tokens,
         notice=notice,
+        engine=recipe.engine,
     )
 
 
@@ -333,8 +334,8 @@ class Adding:
 
     def _cache_of(self, place: Path, encoding: Encoding) -> partial[VectorCache]:
         recipe = self._setup.recipe
-        device = pick(all_devices(recipe.device)[0], recipe.precision)
-        context = [fingerprint(encoding.folder), device.kind, device.precision, str(ARITHMETIC)]
+        computed = arithmetic(recipe.device, recipe.precision, recipe.engine)
+        context = [fingerprint(encoding.folder), *computed, str(ARITHMETIC)]
         opened = partial(VectorCache, place, context=context, dims=encoding.folder.dims)
         opened().close()  # a folder that cannot be a cache shows now
         return opened

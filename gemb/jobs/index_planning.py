@@ -9,6 +9,7 @@ import numpy as np
 from gemb.device import all_devices, pick
 from gemb.errors import GembError
 from gemb.files import free_bytes, readable_bytes
+from gemb.jobs.index_graph import graph_note
 from gemb.jobs.index_setup import Encoding, IndexSetup
 from gemb.jobs.planning import COUNT_SECONDS, SAMPLE_RECORDS
 from gemb.jobs.reporting import shown_prompt
@@ -77,6 +78,8 @@ def make_plan(setup: IndexSetup) -> Plan:
         notes.append(f"{setup.output} exists: what it has unchanged is not embedded again")
     if setup.replaces:
         notes.append(f"{setup.output} exists: it is replaced when the new one is whole")
+    if (note := graph_note(setup)) is not None:
+        notes.append(note)
     shown += [("note", note) for note in notes]
     data: dict[str, object] = {
         "documents": None if setup.reads_pipe else documents,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from gemb.engine.opening import options_of
 from gemb.errors import Exit, GembError, MismatchError
 from gemb.files import Lock, check_writable, os_errors_explained, read_json, readable_bytes
 from gemb.jobs.record import done_already, keep_record, record_path
@@ -105,7 +106,7 @@ def _check_precision(parts: Sequence[ShardPart], precisions: Sequence[str | None
         if precision != usual:
             raise MismatchError(
                 f"{part.path} was computed in {precision}, but {first.path} in {usual}; "
-                f"run --shard {part.table.shard}/{part.table.of} again with --precision {usual} --overwrite"
+                f"run --shard {part.table.shard}/{part.table.of} again with {options_of(usual)} --overwrite"
             )
 
 

@@ -431,6 +431,7 @@ class _Job:
                 cache=recipe.cache,
                 device=recipe.device,
                 precision=recipe.precision,
+                engine="torch",  # queries and passages alike, however few either are
                 threads=recipe.threads,
                 batch_tokens=recipe.batch_tokens,
                 offline=recipe.offline,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from gemb.engine.onnx_engine import PRECISION as ONNX_PRECISION
 from gemb.errors import Exit, GembError
 from gemb.files import read_json, write_json
 from gemb.jobs.request import AUTO, InputIdentity, Request, refuse
@@ -70,8 +71,13 @@ def done_already(
     wanted = request_for(made.inputs)
     differences = made.differences(wanted)
     computed_in, precision = kept["report"].get("precision"), wanted.settings["precision"]
-    if made.settings["precision"] == AUTO and precision not in (AUTO, computed_in):
+    if made.settings["precision"] == AUTO and precision not in (AUTO, str(computed_in).removesuffix(" onnx")):
         differences.append(("precision", f"was {computed_in}, now {precision}"))
+    engine = wanted.settings.get("engine", AUTO)
+    if made.settings.get("engine", AUTO) == AUTO != engine and computed_in is not None:
+        made_by = "onnx" if computed_in == ONNX_PRECISION else "torch"
+        if made_by != engine:
+            differences.append(("engine", f"was {made_by}, now {engine}"))
     if differences:
         raise refuse(
             f"{output} exists and was made by another request",

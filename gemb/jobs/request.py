@@ -17,12 +17,12 @@ import orjson
 from gemb.errors import Exit, GembError
 from gemb.text.inputs import InputFile
 
-MISMATCHES = frozenset({"model", "prompt", "dims", "precision"})
+MISMATCHES = frozenset({"model", "prompt", "dims", "precision", "engine"})
 """Fields whose difference is a mismatch of vectors (exit code 5), not of wishes (2)."""
 
 
 AUTO = "auto"
-"""The precision that fits the processor."""
+"""The precision, or the engine, that fits processor and work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Request:
                 # The join compares what the shards were really computed in.
                 name: value
                 for name, value in self.settings.items()
-                if name not in ("shard", "precision")
+                if name not in ("shard", "precision", "engine")
             },
             "inputs": [(one.name, one.bytes, one.digest) for one in self.inputs],
         }
@@ -103,7 +103,7 @@ class Request:
             found.append(("prompt", f"was {_prompt(self.prompt)}, now {_prompt(other.prompt)}"))
         for name in [*other.settings, *(name for name in self.settings if name not in other.settings)]:
             was, now = self.settings.get(name), other.settings.get(name)
-            if name == "precision" and AUTO in (was, now):
+            if name in ("precision", "engine") and AUTO in (was, now):
                 continue  # what it was really computed in is compared where that is known
             if was != now:
                 found.append((name, f"was {_shown(was)}, now {_shown(now)}"))

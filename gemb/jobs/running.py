@@ -17,7 +17,7 @@ from pathlib import Path
 from gemb.engine import Engine
 from gemb.engine.ahead import ReadAhead
 from gemb.engine.cache import ARITHMETIC, VectorCache
-from gemb.engine.opening import stdout_guarded
+from gemb.engine.opening import arithmetic, options_of, stdout_guarded
 from gemb.engine.windows import Pace, Rules, Windows, compute, in_shard, pausing
 from gemb.errors import Exit, GembError, Interrupted, MismatchError
 from gemb.files import Journal, os_errors_explained, read_json, write_json
@@ -223,10 +223,8 @@ class Run:
             state = self._ids_again(seen, state)
         open_cache = None
         if recipe.cache is not None:
-            from gemb.device import all_devices, pick
-
-            device = pick(all_devices(recipe.device)[0], recipe.precision)
-            context = [fingerprint(setup.folder), device.kind, device.precision, str(ARITHMETIC)]
+            computed = arithmetic(recipe.device, recipe.precision, recipe.engine)
+            context = [fingerprint(setup.folder), *computed, str(ARITHMETIC)]
             open_cache = partial(VectorCache, recipe.cache, context=context, dims=setup.folder.dims)
             with self._interrupts.at_once():
                 open_cache().close()  # a folder that cannot be a cache shows now
@@ -262,7 +260,7 @@ class Run:
         except BaseException:
             ahead.close()
             raise
-        if state.precision not in (None, engine.precision):
+        if state.precision is not None and state.precision != engine.precision:
             ahead.close()
             engine.close()
             raise self._other_precision(state.precision, engine)
@@ -401,11 +399,11 @@ class Run:
             f"{self._names()}: none of the {counts.records:,} rows can be embedded ({why}){place}"
         )
 
-    def _other_precision(self, before: str | None, engine: Engine) -> MismatchError:
+    def _other_precision(self, before: str, engine: Engine) -> MismatchError:
         work = self._setup.work
         return MismatchError(
             f"{work} holds rows computed in {before}, but here it would be {engine.precision} "
-            f"({engine.device_line}); pass --precision {before}, or remove {work} to start anew"
+            f"({engine.device_line}); pass {options_of(before)}, or remove {work} to start anew"
         )
 
     def _limits_at_end(self, counts: Counts, place: str) -> None:

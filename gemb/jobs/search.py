@@ -21,7 +21,7 @@ from pydantic import Field
 
 from gemb.errors import Exit, GembError
 from gemb.jobs.hits import WRITERS, Answer
-from gemb.recipe import ComputeRecipe, RecipeInput, RecipePath
+from gemb.recipe import InferenceRecipe, RecipeInput, RecipePath
 from gemb.report import Event, OnProgress, Report, ignore
 from gemb.retrieval.index import like, open_stored, ranking_of
 from gemb.retrieval.queries import QueryEncoder, check_query, check_shared
@@ -45,7 +45,7 @@ NAMED_QUERIES = 3
 """How many queries without a hit a message names."""
 
 
-class SearchRecipe(ComputeRecipe):
+class SearchRecipe(InferenceRecipe):
     """What `gemb search` is asked to do; the model is the index's own unless one is given."""
 
     kind: ClassVar[str] = "search"
@@ -116,6 +116,8 @@ class Search:
                 threads=recipe.threads,
                 batch_tokens=recipe.batch_tokens,
                 offline=recipe.offline,
+                engine=recipe.engine,
+                few_texts=recipe.queries is None,
                 announce=lambda line: on_progress(Event("downloading", 0, note=line)),
             )
             opened.callback(self._encoder.close)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gemb.text.inputs import InputFile
 
 STDOUT = "-"
+FEW_BYTES = 32_768  # some 8,000 tokens: MiniLM in fp32 takes as long for them as torch to be imported
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,15 @@ class Setup:
         """Whether an input can be read only once."""
         return any(file.is_stream for file in self.inputs)
 
+    @property
+    def has_few_texts(self) -> bool:
+        """Whether the work is done before torch would be loaded.
+
+        Told by the inputs alone, so that every run of the job says the same.
+        """
+        sizes = sum(file.size_bytes for file in self.inputs)
+        return sizes <= FEW_BYTES and not self.reads_pipe and self.recipe.cache is None
+
     def layout(self, ranges: Int8Ranges | None) -> Layout:
         """The layout of the output."""
         stored = {
@@ -116,6 +126,7 @@ class Setup:
                 "dtype": recipe.dtype,
                 "encoding": recipe.encoding if kind_of(self.output) == "jsonl" else "list",
                 "precision": recipe.precision,
+                "engine": recipe.engine,
                 "max-tokens": self.tokeniser.max_tokens,
                 # A row that is refused and one that is left out are both not in the output.
                 "on-long": "skip" if recipe.on_long == "error" else recipe.on_long,
@@ -297,4 +308,6 @@ def open_torch_engine(setup: Setup, notice: Callable[[str], None]) -> Engine:
         threads=recipe.threads,
         batch_tokens=recipe.batch_tokens,
         notice=notice,
+        engine=recipe.engine,
+        few_texts=setup.has_few_texts,
     )

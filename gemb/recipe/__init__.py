@@ -7,6 +7,7 @@ and becomes `--help`, the docs page and the JSON schema.
 from gemb.recipe.loading import Origin, load, origin
 from gemb.recipe.schema import (
     ComputeRecipe,
+    InferenceRecipe,
     ModelName,
     Recipe,
     RecipeInput,
@@ -20,6 +21,7 @@ from gemb.recipe.shipped import ShippedRecipe, shipped_recipes
 
 __all__ = [
     "ComputeRecipe",
+    "InferenceRecipe",
     "ModelName",
     "Origin",
     "Recipe",

@@ -85,6 +85,14 @@ class ComputeRecipe(Recipe):
         return value
 
 
+class InferenceRecipe(ComputeRecipe):
+    """What every recipe that only embeds has in common."""
+
+    engine: Literal["auto", "torch", "onnx"] = "auto"
+    """What runs the model: torch, or onnxruntime, which starts sooner; auto is onnx for a query or a few
+    texts where the model has a graph, in its folder or in the cache, else torch."""
+
+
 def refused_precision(name: str) -> str | None:
     """Why a precision that people know from elsewhere is not offered; None for any other word."""
     if name in ("fp16", "f16", "float16", "half"):

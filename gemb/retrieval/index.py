@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from gemb.store import Document, Hit
 from gemb.store import Index as StoredIndex
 from gemb.store.conditions import Condition
 from gemb.store.field_types import FieldType
+
+if TYPE_CHECKING:
+    from gemb.engine.opening import EngineName
 
 Where = str | Condition
 """A filter as text (`"year >= 2020 and lang = 'en'"`), or one that `gemb.store.where.parse` has read."""
@@ -51,12 +54,13 @@ class Index:
         precision: str = "auto",
         threads: int | None = None,
         offline: bool = False,
+        engine: EngineName = "auto",
     ) -> Self:
         """The index at `path`, which gemb index made.
 
         `model` says where the index's model lies now, if not where it was; another model is refused.
-        `device`, `precision` and `threads` are those of `Encoder.load`; nothing of it is used before a text
-        is embedded. `offline` forbids to download a model.
+        `device`, `precision`, `threads` and `engine` are those of `Encoder.load`; nothing of it is used
+        before a text is embedded. `offline` forbids to download a model.
 
         Raises UnavailableError (7) if nothing is there, MismatchError (5) if a newer gemb wrote it,
         MachineError (1) where a file is damaged, GembError (2) if it is no index.
@@ -69,6 +73,7 @@ class Index:
             precision=precision,
             threads=threads,
             offline=offline,
+            engine=engine,
         )
         return cls(stored, encoder)
 

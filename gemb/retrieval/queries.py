@@ -16,6 +16,7 @@ from gemb.text.prompts import QUERY, Prompts
 
 if TYPE_CHECKING:
     from gemb.engine.encoder import Encoder
+    from gemb.engine.opening import EngineName
 
 SPECIAL_TOKENS = 4
 """More than any model sets around a text."""
@@ -38,6 +39,8 @@ class QueryEncoder:
         threads: int | None = None,
         batch_tokens: int | None = None,
         offline: bool = False,
+        engine: EngineName = "auto",
+        few_texts: bool = True,
         announce: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._path = index.folder
@@ -49,6 +52,8 @@ class QueryEncoder:
         self._threads = threads
         self._batch_tokens = batch_tokens
         self._offline = offline
+        self._engine = engine
+        self._few_texts = few_texts
         self._announce = announce
         self._turn = threading.Lock()
         self._encoder: Encoder | None = None
@@ -123,6 +128,8 @@ class QueryEncoder:
                 threads=self._threads,
                 batch_tokens=self._batch_tokens,
                 offline=self._offline,
+                engine=self._engine,
+                few_texts=self._few_texts,
             )
         return self._encoder
 

@@ -1003,7 +1003,7 @@ def test_an_index_of_a_newer_gemb_is_refused(bench: Bench) -> None:
 def test_a_plan_counts_and_writes_nothing(bench: Bench) -> None:
     source = bench.write([*rows_of(20), {"id": "bad"}, {"id": "long", "text": words(*range(40))}])
     recipe = IndexRecipe(
-        inputs=(str(source),), output=bench.path, model=str(bench.model), device="cpu", threads=1
+        inputs=(str(source),), output=bench.path, model=str(bench.model), device="cpu", threads=1, onnx=False
     )
     plan = job.plan(recipe)
     assert plan.title == f"would index 21 documents into {bench.path}"

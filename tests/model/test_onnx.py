@@ -15,7 +15,7 @@ from gemb.errors import MismatchError
 from gemb.model.encoder import PackedEncoder
 from gemb.model.folder import fingerprint, read_folder
 from gemb.model.kernels import Kernels
-from gemb.model.onnx.encoder import GRIDS, WeightKind, write_graph
+from gemb.model.onnx.encoder import GRIDS, SAME_VECTORS, WeightKind, write_graph
 from gemb.quantization.roles import role_of
 from tests.models import MODES, SORTS, packed, random_texts, tiny_folder
 
@@ -119,7 +119,7 @@ def test_whole_numbers_give_the_vectors_of_the_same_numbers_in_floats(
 def test_vectors_do_not_depend_on_texts_of_the_same_length_in_the_batch(
     weights: WeightKind, tmp_path: Path
 ) -> None:
-    place = tiny_folder(tmp_path / "model", "gemma3")
+    place = tiny_folder(tmp_path / "model", "gemma3", dense=[{"out_features": 128}])
     write_graph(read_folder(place), tmp_path / "model.onnx", weights)
     graph = session(tmp_path / "model.onnx")
     texts = split(*packed(place, random_texts([9] * 7))[:2])
@@ -156,8 +156,12 @@ def test_the_file_tells_whose_graph_it_is(tmp_path: Path) -> None:
     folder = read_folder(tiny_folder(tmp_path / "model", "bert"))
     write_graph(folder, tmp_path / "model.onnx", "int8")
     known = session(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map
-    assert known["gemb.fingerprint"] == fingerprint(folder)
-    assert (known["gemb.weights"], known["gemb.is_exact"], known["gemb.dims"]) == ("int8", "false", "64")
+    assert known["gemb.made_from"] == fingerprint(folder)
+    assert (known["gemb.weights"], known["gemb.dims"]) == ("int8", "64")
+    assert SAME_VECTORS not in known
+    write_graph(folder, tmp_path / "f32.onnx")
+    known = session(tmp_path / "f32.onnx").get_modelmeta().custom_metadata_map
+    assert known[SAME_VECTORS] == fingerprint(folder)
     assert '"query"' in known["gemb.prompts"]
 
 
@@ -200,4 +204,25 @@ def test_rows_that_are_no_whole_blocks_are_refused_by_name(tmp_path: Path) -> No
     assert str(caught.value) == (
         f"{tmp_path}/model: 3_Dense.linear.weight: q4_0 has blocks of 32, but the rows are 80 wide; "
         "export f32 instead"
+    )
+
+
+@pytest.mark.parametrize("mode", ["first-k", "last-k"])
+def test_the_first_or_last_tokens_are_pooled_on_either_side_of_the_padding(mode: str, tmp_path: Path) -> None:
+    place = tiny_folder(tmp_path / "model", "gemma3", pooling=mode)
+    folder = read_folder(place)
+    write_graph(folder, tmp_path / "model.onnx")
+    ids, lengths, _ = packed(place, random_texts(LENGTHS))
+    expected = PackedEncoder(folder, Kernels("cpu", torch.float32)).forward(ids, lengths).numpy()
+    graph, texts = session(tmp_path / "model.onnx"), split(ids, lengths)
+    for left in (False, True):
+        np.testing.assert_allclose(run(graph, texts, left=left), expected, atol=SAME, rtol=0)
+
+
+def test_attention_pooling_is_refused(tmp_path: Path) -> None:
+    folder = read_folder(tiny_folder(tmp_path / "model", "gemma3", pooling="attention-kv"))
+    with pytest.raises(MismatchError) as caught:
+        write_graph(folder, tmp_path / "model.onnx")
+    assert str(caught.value) == (
+        f"{tmp_path}/model: no ONNX graph is written for attention-kv of 4 heads, 6 probes pooling"
     )

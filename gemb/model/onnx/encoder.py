@@ -7,7 +7,7 @@ of the folder: a unit vector where the folder normalises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -40,6 +40,9 @@ _BUILDERS: Mapping[str, Callable[[Mapping[str, Any], ParameterTree], GatedBackbo
 }
 """By the file of the family in `gemb.model.families`."""
 
+SAME_VECTORS = "gemb.fingerprint"
+"""The metadata of a graph that gives the vectors of the model with this fingerprint; others lack it."""
+
 _NORM_EPSILON = 1e-5  # of torch.nn.LayerNorm
 _LEAST_LENGTH = 1e-12  # of torch.nn.functional.normalize
 
@@ -58,8 +61,8 @@ def write_graph(folder: ModelFolder, path: Path, weights: WeightKind = "f32") ->
     """The graph of `folder` at `path`, with its weights in `path`_data.
 
     The token table and the weights that every format of gemb quantises are on the grid of `weights`; tables
-    of positions, norms and biases stay fp32. The metadata of the file tells the fingerprint of the folder,
-    whether the graph computes exactly its weights, prompts and limits.
+    of positions, norms and biases stay fp32. The metadata of the file tells what it was made from, prompts
+    and limits, and under SAME_VECTORS whose weights it has exactly, if anyone's.
 
     Raises MismatchError, before anything is written, for a family or a module that no graph is written for,
     and for rows that are no whole blocks of the grid.
@@ -72,14 +75,13 @@ def write_graph(folder: ModelFolder, path: Path, weights: WeightKind = "f32") ->
         writer = LayerWriter(graph, names, GRIDS[weights], folder.max_tokens, str(folder.path))
         states = writer.gated(backbone) if isinstance(backbone, GatedBackbone) else writer.bert(backbone)
         graph.output("last_hidden_state", states, ["batch_size", "sequence_length", backbone.width])
-        vectors = writer.pooled(states, folder.pooling.modes)
-        for module, layers in steps:
-            vectors = _step(writer, vectors, module, layers)
+        vectors = writer.pooled(states, folder.pooling.modes, folder.pooling.tokens or 1)
+        vectors = _all_steps(writer, vectors, steps)
         graph.output("sentence_embedding", vectors, ["batch_size", folder.dims])
         graph.save(
             {
-                "gemb.fingerprint": fingerprint(folder),
-                "gemb.is_exact": "true" if writer.is_exact else "false",
+                **({SAME_VECTORS: fingerprint(folder)} if writer.is_exact else {}),
+                "gemb.made_from": fingerprint(folder),
                 "gemb.weights": weights,
                 "gemb.dims": str(folder.dims),
                 "gemb.max_tokens": str(folder.max_tokens),
@@ -98,6 +100,8 @@ def _backbone(folder: ModelFolder) -> tuple[GatedBackbone | BertBackbone, nn.Mod
             f"{folder.path}: its pooling leaves the prompt out, whose length no ONNX graph is told; "
             "export a model with include_prompt"
         )
+    if folder.pooling.heads is not None:
+        raise MismatchError(f"{folder.path}: no ONNX graph is written for {folder.pooling.described} pooling")
     config = {"model_type": folder.family, **folder.text_config}
     build = _BUILDERS.get(FAMILIES.get(config["model_type"], ""))
     if build is None:
@@ -119,6 +123,21 @@ def _layers(module: ModuleSpec, folder: ModelFolder, root: nn.Module) -> dict[st
         return {}
     tree = ParameterTree(root, module.weights(), f"{module.folder.relative_to(folder.path).as_posix()}.")
     return {name: tree.layer(name) for name in ("linear", "residual", "norm") if f"{name}.weight" in tree}
+
+
+def _all_steps(
+    writer: LayerWriter, x: Value, steps: Sequence[tuple[ModuleSpec, Mapping[str, Tensors]]]
+) -> Value:
+    """All modules after pooling, x[B, D] -> [B, K]."""
+    graph = writer.graph
+    has_products = any(isinstance(module.settings, DenseSettings) for module, _ in steps)
+    first, last = graph.constant([0]), graph.constant([-1])
+    if has_products:
+        # A second row beside a lone one: the product of a single row is summed in another order.
+        x = graph.op("Concat", x, graph.op("Gather", x, first), axis=0)
+    for module, layers in steps:
+        x = _step(writer, x, module, layers)
+    return graph.op("Slice", x, first, last, first) if has_products else x
 
 
 def _step(writer: LayerWriter, x: Value, module: ModuleSpec, layers: Mapping[str, Tensors]) -> Value:

@@ -331,8 +331,11 @@ class LayerWriter:
 
     # --- pooling
 
-    def pooled(self, states: Value, modes: Sequence[str]) -> Value:
-        """States[B, L, D] -> [B, D * len(modes)], tokens that the mask leaves out left out."""
+    def pooled(self, states: Value, modes: Sequence[str], few: int = 1) -> Value:
+        """States[B, L, D] -> [B, D * len(modes)], tokens that the mask leaves out left out.
+
+        `few` is K of first-k and last-k.
+        """
         graph = self.graph
         parts = []
         for mode in modes:
@@ -341,11 +344,11 @@ class LayerWriter:
                 kept = graph.op("Where", seen, states, graph.constant(FORBIDDEN))
                 parts.append(graph.op("ReduceMax", kept, graph.constant([1]), keepdims=0))
                 continue
-            shares = graph.op("Unsqueeze", self._shares(mode), graph.constant([1]))  # [B, 1, L]
+            shares = graph.op("Unsqueeze", self._shares(mode, few), graph.constant([1]))  # [B, 1, L]
             parts.append(graph.op("Squeeze", graph.op("MatMul", shares, states), graph.constant([1])))
         return parts[0] if len(parts) == 1 else graph.op("Concat", *parts, axis=-1)
 
-    def _shares(self, mode: str) -> Value:
+    def _shares(self, mode: str, few: int) -> Value:
         """The share of each token in its text's vector, fp32[B, L]."""
         graph = self.graph
         last_axis = graph.constant([1])
@@ -354,6 +357,14 @@ class LayerWriter:
         count = graph.op("ReduceSum", mask, last_axis)
 
         match mode:
+            case "first-k" | "last-k":
+                least = graph.op("Min", count, graph.constant(float(few)))
+                if mode == "first-k":
+                    seen = graph.op("LessOrEqual", number, graph.constant(float(few)))
+                else:
+                    seen = graph.op("Greater", number, graph.op("Sub", count, least))
+                # Left-out tokens have number 0, which is below K.
+                return graph.op("Div", graph.op("Mul", graph.op("Cast", seen, to=FLOAT), mask), least)
             case "cls":
                 return graph.op("Cast", graph.op("Equal", number, graph.constant(1.0)), to=FLOAT)
             case "lasttoken":
