@@ -220,6 +220,8 @@ class Training(Generic[B]):
     """None on all ranks but the first."""
     progress: Progress
     average: Average | None = None
+    average_every: int = 1
+    """Steps from one update of the average to the next."""
     device: str = "cpu"
     ranks: Ranks = field(default_factory=Ranks)
     evaluate_every: int | None = None
@@ -266,7 +268,7 @@ class Training(Generic[B]):
         progress = self.progress
         if not is_bad:
             self.optimizer.step()
-            if self.average is not None:
+            if self.average is not None and (self.progress.step + 1) % self.average_every == 0:
                 self.average.update()
         self._clear()
         seconds = time.monotonic() - began

@@ -222,6 +222,26 @@ class CheckpointSettings(Recipe):
     """Leave the checkpoints in OUTPUT/run when the run is done."""
 
 
+class EmaAverage(Recipe):
+    """The exponential average of the weights of all steps."""
+
+    name: Literal["ema"]
+    """ema: each step's weights count a little less than those of the next one."""
+    decay: float = Field(default=0.999, gt=0, lt=1)
+    """What the average keeps of itself at each step."""
+
+
+class LastAverage(Recipe):
+    """The mean of the last weights that were kept (LAWA, arXiv 2209.14981; T5Gemma has 5)."""
+
+    name: Literal["last"]
+    """last: the mean of the weights at the last few times."""
+    checkpoints: int = Field(default=5, ge=1)
+    """How many times; a copy of the weights is kept in memory and in the checkpoints for each."""
+    every: int | None = Field(default=None, ge=1)
+    """Steps from one time to the next; by default a tenth of the run, and never more than 1,000."""
+
+
 class RunRecipe(ComputeRecipe):
     """What all recipes of `gemb train` have in common, whatever is learned."""
 
@@ -244,7 +264,9 @@ class RunRecipe(ComputeRecipe):
     freeze: tuple[str, ...] = ()
     """Parameters that stay as they are, by patterns of their names such as `*embed_tokens*`."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of the exponential average of the weights, which then becomes the model; such as 0.999."""
+    """Short for an `average` of name ema with this decay, such as 0.999."""
+    average: Annotated[EmaAverage | LastAverage, Field(discriminator="name")] | None = None
+    """An average of the weights, which is what is evaluated and becomes the model."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     """When the state is saved."""
     seed: int = Field(default=42, ge=0, lt=2**63)
@@ -263,7 +285,14 @@ class RunRecipe(ComputeRecipe):
             raise ValueError(
                 f"{' and '.join(lengths)} are both given; set one to null, as a run has one length"
             )
+        if self.ema is not None and self.average is not None:
+            raise ValueError("ema and average are both given; ema is short for an average, so leave it out")
         return self
+
+    @property
+    def averaging(self) -> EmaAverage | LastAverage | None:
+        """The average of the weights that becomes the model; None where the last weights do."""
+        return self.average if self.ema is None else EmaAverage(name="ema", decay=self.ema)
 
 
 class TrainRecipe(RunRecipe):

@@ -20,12 +20,13 @@ from torch import nn
 from gemb.errors import GembError
 from gemb.files import read_json, write_json
 from gemb.report import Report
+from gemb.training import recipe as recipes
 from gemb.training.checkpoints import Checkpoints
 from gemb.training.gradients import MemoryPlan
 from gemb.training.held_out import Measured
 from gemb.training.loop import B, Batches, Computation, Hooks, Length, Progress, StepReport, Training
 from gemb.training.metrics import Metrics, tensorboard
-from gemb.training.optimizers import MovingAverage, clip_gradients, make_optimizer
+from gemb.training.optimizers import LastAverage, MovingAverage, clip_gradients, make_optimizer
 from gemb.training.random_numbers import seeded
 from gemb.training.schedules import schedule
 from gemb.training.verdict import Verdict, compare
@@ -88,7 +89,7 @@ class RunSession(ABC, Generic[S, M, B]):
     def __init__(self, setup: S, watch: Watch) -> None:
         self.setup = setup
         self.model = self._load()
-        self.average: MovingAverage | None = None
+        self.average: MovingAverage | LastAverage | None = None
         self.training: Training[B]
         self.baseline: Measured | None = None
         self._watch = watch
@@ -112,8 +113,7 @@ class RunSession(ABC, Generic[S, M, B]):
             Progress.from_json(checkpoints.state(steps[-1])) if steps else Progress(self._memory_plan())
         )
         optimizer = recipe.optimizer
-        if recipe.ema is not None:
-            self.average = MovingAverage(named, recipe.ema)
+        self.average = _average_of(recipe.averaging, named)
         metrics = None
         if setup.ranks.is_first:
             also = tensorboard(setup.folder.tensorboard) if recipe.tensorboard else None
@@ -139,6 +139,7 @@ class RunSession(ABC, Generic[S, M, B]):
             metrics=metrics,
             progress=progress,
             average=self.average,
+            average_every=self._average_every(),
             device=setup.device.name,
             ranks=setup.ranks,
             evaluate_every=self._evaluate_every(),
@@ -272,6 +273,14 @@ class RunSession(ABC, Generic[S, M, B]):
         wanted = self.setup.recipe.checkpoint.every
         if wanted is not None:
             return wanted
+        return self._usually_every()
+
+    def _average_every(self) -> int:
+        """Not that of the checkpoints: how often those are written changes no weights."""
+        average = self.setup.recipe.averaging
+        return (average.every or self._usually_every()) if isinstance(average, recipes.LastAverage) else 1
+
+    def _usually_every(self) -> int:
         steps = self.setup.length.steps or 10 * _MOST_STEPS_BETWEEN_CHECKPOINTS
         return max(1, min(_MOST_STEPS_BETWEEN_CHECKPOINTS, steps // 10))
 
@@ -368,6 +377,16 @@ def from_json(values: Mapping[str, Any]) -> Measured:
     }
     counts = {name: np.array(one, np.int64) for name, one in values["histograms"].items()}
     return Measured(scores, counts, values["numbers"])
+
+
+def _average_of(
+    settings: recipes.EmaAverage | recipes.LastAverage | None, named: NamedParameters
+) -> MovingAverage | LastAverage | None:
+    if settings is None:
+        return None
+    if isinstance(settings, recipes.EmaAverage):
+        return MovingAverage(named, settings.decay)
+    return LastAverage(named, settings.checkpoints)
 
 
 def _verdicts(before: Measured | None, after: Measured | None) -> list[Verdict]:

@@ -309,6 +309,26 @@ def test_a_full_disk_while_saving_ends_the_run_and_leaves_the_last_checkpoint(
     assert same(tmp_path / "out", whole[1])
 
 
+def test_the_model_may_be_the_mean_of_the_last_weights_that_were_kept(place: Path, tmp_path: Path) -> None:
+    average = "average={name: last, checkpoints: 2, every: 2}"
+    trained(place, tmp_path / "out", "ema=null", average)
+    plain = ("ema=null", "checkpoint.every=2", "checkpoint.keep=9", "checkpoint.keep_after=true")
+    trained(place, tmp_path / "plain", *plain)
+    kept = tmp_path / "plain/run/checkpoints"
+    fourth, sixth = (load_file(kept / f"step-{step:08d}/weights.safetensors") for step in (4, 6))
+    for name, mean in weights(tmp_path / "out").items():
+        torch.testing.assert_close(mean, (fourth[name] + sixth[name]) / 2, rtol=0, atol=1e-7)
+    # Stopped between two times, and with checkpoints at others, it is the same mean.
+    stopped(place, tmp_path / "stopped", "ema=null", average, after=5)
+    trained(place, tmp_path / "stopped", "ema=null", average, "checkpoint.every=1")
+    assert same(tmp_path / "stopped", tmp_path / "out")
+
+
+def test_ema_is_short_for_an_average(whole: tuple[Report, Path], place: Path, tmp_path: Path) -> None:
+    trained(place, tmp_path / "out", "ema=null", "average={name: ema, decay: 0.9}")
+    assert same(tmp_path / "out", whole[1])
+
+
 def test_frozen_parameters_stay_as_they_are(place: Path, tmp_path: Path) -> None:
     trained(place, tmp_path / "out", 'freeze=["*embed_tokens*", "layers.0.*"]', "steps=2", "ema=null")
     before, after = weights(place / "base"), weights(tmp_path / "out")

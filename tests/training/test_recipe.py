@@ -61,6 +61,14 @@ optimizer: {learning_rate: fast}
     ("text", "problem"),
     [
         (
+            "ema: 0.9\naverage: {name: last}",
+            "ema and average are both given; ema is short for an average, so leave it out",
+        ),
+        (
+            "average: {name: swa}",
+            "line 2: average: name 'swa' is not one of ema, last",
+        ),
+        (
             "losses: [{name: contrastive, false_negatives: {}}]",
             "false_negatives names nobody who finds them; give model, vectors, or own: true",
         ),
