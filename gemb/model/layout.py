@@ -78,3 +78,11 @@ class Layout:
             torch.from_numpy(positions).to(device),
             torch.from_numpy(starts).to(device),
         )
+
+
+def packed_places(lengths: NDArray[np.int32], order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64[T], the packed places of the tokens of the texts in `order`."""
+    starts = (np.cumsum(lengths) - lengths)[order]
+    sizes = lengths[order]
+    shifts: NDArray[np.int64] = np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
+    return np.arange(len(shifts)) + shifts

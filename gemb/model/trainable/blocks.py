@@ -4,7 +4,7 @@ T packed tokens, D width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gemb.model.kernels import Rotary
-from gemb.model.layout import Layout
+from gemb.model.layout import Group, Layout
 from gemb.model.trainable.functions import (
     AttentionSettings,
     Norm,
@@ -22,6 +22,7 @@ from gemb.model.trainable.functions import (
     packed_attention,
     pair_order,
     returned,
+    source_attention,
 )
 from gemb.model.trainable.parameters import Tensors, lay_together
 
@@ -82,6 +83,24 @@ class TrainableBackbone(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """What the rows of a decoder attend to: states[S, D] of an encoder, and which row goes with which.
+
+    `pairs` are groups of rows of one length and their sources, as `source_attention` takes them.
+    """
+
+    states: Tensor
+    pairs: Sequence[tuple[Group, Group]]
+
+    def keys_and_values(
+        self, layers: Sequence[Tensors], computation: Computation, order: Tensor | None
+    ) -> Tensor:
+        """The states through the layers of keys and values, [S, 2G * C]."""
+        weights, biases = [part.matrix for part in layers], [part.shift for part in layers]
+        return normed_linear(self.states, None, None, weights, biases, computation.of(self.states), order)
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """The attention of a layer; `inputs` are query, key and value, or all three in one."""
 
@@ -100,9 +119,14 @@ class Attention:
         layout: Layout,
         computation: Computation,
         after: tuple[Tensor, Norm] | None = None,
+        source: Source | None = None,
     ) -> Tensor:
-        """The stream x[T, D] and what attention brings back of norm(x) * gain, normed by `after` if given."""
-        has_turns = self.rotary is not None
+        """The stream x[T, D] and what attention brings back of norm(x) * gain, normed by `after` if given.
+
+        With a `source` tokens attend to the whole row of it too, through the same keys and values but without
+        positions, in one softmax (merged attention; T5Gemma 2, arXiv 2512.14856). `inputs` are then three.
+        """
+        settings, has_turns = self.settings, self.rotary is not None
         raw = normed_linear(
             x,
             gain,
@@ -110,17 +134,58 @@ class Attention:
             [part.matrix for part in self.inputs],
             [part.shift for part in self.inputs],
             computation.of(x),
-            pair_order(self.settings) if has_turns else None,
+            pair_order(settings) if has_turns else None,
         )
         query_gain, key_gain = (
             None if part is None else part.matrix for part in (self.query_gain, self.key_gain)
         )
         turns = None if self.rotary is None else turns_of(self.rotary, layout, x.dtype)
-        mixed = packed_attention(raw, query_gain, key_gain, self.settings, layout, turns)
-        after_gain, after_norm = (None, None) if after is None else after
-        layer = (self.output.matrix, self.output.shift)
-        back = returned(mixed, x, layer, after_gain, after_norm, adds=not computation.drops)
-        return x + computation.drop(back) if computation.drops else back
+        if source is None:
+            mixed = packed_attention(raw, query_gain, key_gain, settings, layout, turns)
+        else:
+            order = pair_order(replace(settings, heads=0)) if has_turns else None
+            other = source.keys_and_values(self.inputs[1:], computation, order)
+            mixed = source_attention(raw, other, query_gain, key_gain, settings, source.pairs, turns)
+        return _brought_back(mixed, x, self.output, after, computation)
+
+
+@dataclass(frozen=True, slots=True)
+class CrossAttention:
+    """Attention to the rows of a source alone, without positions; `inputs` are key and value."""
+
+    query: Tensors
+    inputs: Sequence[Tensors]
+    output: Tensors
+    settings: AttentionSettings
+
+    def __call__(
+        self,
+        x: Tensor,
+        gain: Tensor,
+        norm: Norm,
+        source: Source,
+        computation: Computation,
+        after: tuple[Tensor, Norm],
+    ) -> Tensor:
+        """The stream x[T, D] and what comes back of norm(x) * gain, normed by `after`."""
+        raw = normed_linear(x, gain, norm, [self.query.matrix], [self.query.shift], computation.of(x))
+        other = source.keys_and_values(self.inputs, computation, None)
+        mixed = source_attention(raw, other, None, None, self.settings, source.pairs, None)
+        return _brought_back(mixed, x, self.output, after, computation)
+
+
+def _brought_back(
+    mixed: Tensor,
+    stream: Tensor,
+    output: Tensors,
+    after: tuple[Tensor, Norm] | None,
+    computation: Computation,
+) -> Tensor:
+    """The stream[T, D] and mixed values through the output layer, normed by `after` if given."""
+    after_gain, after_norm = (None, None) if after is None else after
+    layer = (output.matrix, output.shift)
+    back = returned(mixed, stream, layer, after_gain, after_norm, adds=not computation.drops)
+    return stream + computation.drop(back) if computation.drops else back
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,16 +237,29 @@ class GatedLayer:
 
     def __call__(self, x: Tensor, layout: Layout, computation: Computation) -> Tensor:
         """Stream[T, D] -> stream[T, D]."""
+        return self.fed(self.attended(x, layout, computation), computation)
+
+    def attended(
+        self, x: Tensor, layout: Layout, computation: Computation, source: Source | None = None
+    ) -> Tensor:
+        """The stream after attention, merged with that to a `source` if given."""
         gain = None if self.attention_gain is None else self.attention_gain.matrix
         norm = None if gain is None else self.norm
         after = None if self.after_attention is None else (self.after_attention.matrix, self.norm)
-        x = self.attention(x, gain, norm, layout, computation, after)
+        return self.attention(x, gain, norm, layout, computation, after, source)
+
+    def fed(self, x: Tensor, computation: Computation) -> Tensor:
+        """The stream after the feed-forward."""
         last = None if self.after_feed_forward is None else self.after_feed_forward.matrix
         return self.feed_forward(x, self.feed_forward_gain.matrix, self.norm, computation, last)
 
 
+RunLayer = Callable[[Tensor, Layout, Computation], Tensor]
+"""A layer as it is run: stream[T, D] -> stream[T, D]."""
+
+
 def run_layers(
-    layers: Sequence[Callable[[Tensor, Layout, Computation], Tensor]],
+    layers: Sequence[RunLayer],
     x: Tensor,
     layout: Layout,
     computation: Computation,

@@ -11,7 +11,7 @@ C channels of a head, N texts of one length L.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from gemb.model.attention import CAUSAL, FULL, Reach
 from gemb.model.kernels import activation, interleave, turn
 from gemb.model.layout import Group, Layout
-from gemb.model.packed_attention import QUERY_BLOCK, attend, attend_groups, within
+from gemb.model.packed_attention import QUERY_BLOCK, attend, within
 
 PIECE_ROWS = 512
 """Rows of a piece: its intermediate numbers stay in the second-level cache, products stay large enough."""
@@ -151,6 +151,25 @@ def packed_attention(
     scaled. Channels 2c and 2c + 1 of raw queries and keys are a pair where there are turns.
     """
     return _apply(_PackedAttention, raw, query_gain, key_gain, settings, layout, turns)
+
+
+def source_attention(
+    raw: Tensor,
+    source: Tensor,
+    query_gain: Tensor | None,
+    key_gain: Tensor | None,
+    settings: "AttentionSettings",
+    pairs: Sequence[tuple[Group, Group]],
+    turns: Tensor | None,
+) -> Tensor:
+    """Mixed values[T, H * C] of rows that attend to rows of another batch, whole.
+
+    raw[T, H * C] is the product of queries alone: cross-attention, without positions in T5Gemma. Or it is
+    raw[T, (H + 2G) * C] of queries, keys and values: one softmax over a row's own tokens in `reach` and all
+    of its source (merged attention). source[S, 2G * C] is the product of keys and values, whose keys are
+    normed but never turned. `pairs` are groups of rows of one length and their sources, of one length too.
+    """
+    return _apply(_SourceAttention, raw, source, query_gain, key_gain, settings, pairs, turns)
 
 
 def embedded(table: Tensor, ids: Tensor, scale: float = 1.0, *, is_sparse: bool = True) -> Tensor:
@@ -603,6 +622,69 @@ class AttentionSettings:
     """Of queries and keys, where they have gains."""
 
 
+class _Heads:
+    """Queries[T, H, C], keys and values[T, G, C] of one product raw[T, (H + 2G) * C], and the way back.
+
+    H or G of the settings is 0 where the product holds no queries, or nothing else.
+    """
+
+    def __init__(
+        self,
+        raw: Tensor,
+        query_gain: Tensor | None,
+        key_gain: Tensor | None,
+        settings: AttentionSettings,
+        turns: Tensor | None,
+        factors: Tensor | None = None,
+    ) -> None:
+        self._settings = settings
+        self._turns = turns
+        self._raw = raw.view(len(raw), -1, settings.channels)
+        self._gains = gains = _gains(raw, query_gain, key_gain, settings)
+        if settings.norm is not None and factors is None:
+            factors = gains.new_empty(len(raw), len(gains), 1)
+            for rows in _pieces(len(raw), raw.device):
+                factors[rows] = settings.norm.factors(_wide(self._raw[rows, : len(gains)]))
+        self.factors = factors
+        """[T, H + G, 1] of the norm, for the backward pass."""
+        self.queries, self.keys = _queries_and_keys(self._raw, factors, gains, settings, turns)
+        self.values = self._raw[:, len(gains) :]
+
+    def room(self) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Room for (the gradient of raw, those of queries, keys and values, of which the last is part)."""
+        grad_raw = torch.empty_like(self._raw)
+        into = (torch.empty_like(self.queries), torch.empty_like(self.keys), grad_raw[:, len(self._gains) :])
+        return grad_raw, into
+
+    def backward(
+        self, grad_queries: Tensor, grad_keys: Tensor, grad_raw: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(gradient of the query gain, of the key gain); that of raw goes to `grad_raw`, values left alone.
+
+        Back through turns, gains and norms of queries and keys; values are as they were.
+        """
+        settings, gains, norm = self._settings, self._gains, self._settings.norm
+        grad_gains = None if self.factors is None else torch.zeros_like(gains)
+        turned_back = None if self._turns is None else self._turns.conj().resolve_conj()
+        for rows in _pieces(len(grad_raw), grad_raw.device):
+            unturned = gains.new_empty(len(grad_raw[rows]), len(gains), settings.channels)
+            everything = slice(None)
+            here = None if turned_back is None else turned_back[rows]
+            _turn(_wide(grad_queries[rows]), here, everything, unturned[:, : settings.heads])
+            _turn(_wide(grad_keys[rows]), here, everything, unturned[:, settings.heads :])
+            if grad_gains is None or norm is None or self.factors is None:
+                grad_raw[rows, : len(gains)] = unturned.mul_(gains)
+                continue
+            unit = norm.unit(_wide(self._raw[rows, : len(gains)]), self.factors[rows])
+            grad_gains += (unturned * unit).sum(0)
+            grad_raw[rows, : len(gains)] = norm.backward_(unturned.mul_(gains), unit, self.factors[rows])
+        if grad_gains is None:
+            return None, None
+        undo = torch.argsort(interleave(settings.channels).to(gains.device))
+        grad_query = grad_gains[: settings.heads].sum(0)[undo] * settings.scale
+        return grad_query, grad_gains[settings.heads :].sum(0)[undo]
+
+
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -614,26 +696,20 @@ class _PackedAttention(torch.autograd.Function):
         layout: Layout,
         turns: Tensor | None,
     ) -> Tensor:
-        heads = raw.view(len(raw), -1, settings.channels)
-        gains = _gains(raw, query_gain, key_gain, settings)
-        factors = None
-        if settings.norm is not None:
-            factors = gains.new_empty(len(raw), len(gains), 1)
-            for rows in _pieces(len(raw), raw.device):
-                factors[rows] = settings.norm.factors(_wide(heads[rows, : len(gains)]))
-        queries, keys = _queries_and_keys(heads, factors, gains, settings, turns)
-        values = heads[:, len(gains) :]
+        heads = _Heads(raw, query_gain, key_gain, settings, turns)
         mixed = raw.new_empty(len(raw), settings.heads, settings.channels)
         sums: list[Tensor] = []
         if raw.is_cuda:
-            mixed = attend(queries, keys, values, layout, settings.reach, settings.softcap).view_as(mixed)
+            mixed = attend(
+                heads.queries, heads.keys, heads.values, layout, settings.reach, settings.softcap
+            ).view_as(mixed)
         else:
             for group in layout.groups:
-                q, k, v = (_texts(part, group) for part in (queries, keys, values))
+                q, k, v = (_texts(part, group) for part in (heads.queries, heads.keys, heads.values))
                 out, logarithms = _mix(q, k, v, settings)
                 _texts(mixed, group).copy_(out)
                 sums += logarithms
-        ctx.save_for_backward(raw, query_gain, key_gain, factors, turns, mixed, *sums)
+        ctx.save_for_backward(raw, query_gain, key_gain, heads.factors, turns, mixed, *sums)
         ctx.settings, ctx.layout = settings, layout
         return mixed.flatten(1)
 
@@ -643,14 +719,10 @@ class _PackedAttention(torch.autograd.Function):
         settings: AttentionSettings = ctx.settings
         layout: Layout = ctx.layout
         raw, query_gain, key_gain, factors, turns, mixed, *sums = ctx.saved_tensors
-        heads = raw.view(len(raw), -1, settings.channels)
-        gains = _gains(raw, query_gain, key_gain, settings)
-        queries, keys = _queries_and_keys(heads, factors, gains, settings, turns)
-        values = heads[:, len(gains) :]
+        heads = _Heads(raw, query_gain, key_gain, settings, turns, factors)
+        queries, keys, values = heads.queries, heads.keys, heads.values
         grad = grad.view_as(mixed)
-        grad_heads = torch.empty_like(heads)
-        grad_queries, grad_keys = torch.empty_like(queries), torch.empty_like(keys)
-        into = (grad_queries, grad_keys, grad_heads[:, len(gains) :])
+        grad_raw, into = heads.room()
         if raw.is_cuda:
             run = _differentiable(lambda q, k, v: attend(q, k, v, layout, settings.reach, settings.softcap))
             for place, one in zip(into, run(grad.flatten(1), queries, keys, values), strict=True):
@@ -664,29 +736,93 @@ class _PackedAttention(torch.autograd.Function):
                 found = _mix_backward(one_grad, q, k, v, out, remaining, settings)
                 for place, one in zip(into, found, strict=True):
                     _texts(place, group).copy_(one)
-        # Back through turns, gains and norms of queries and keys; values are as they were.
-        grad_gains = None if factors is None else torch.zeros_like(gains)
-        turned_back = None if turns is None else turns.conj().resolve_conj()
-        for rows in _pieces(len(raw), raw.device):
-            unturned = gains.new_empty(len(raw[rows]), len(gains), settings.channels)
-            everything = slice(None)
-            here = None if turned_back is None else turned_back[rows]
-            _turn(_wide(grad_queries[rows]), here, everything, unturned[:, : settings.heads])
-            _turn(_wide(grad_keys[rows]), here, everything, unturned[:, settings.heads :])
-            if grad_gains is None or settings.norm is None:
-                grad_heads[rows, : len(gains)] = unturned.mul_(gains)
-                continue
-            unit = settings.norm.unit(_wide(heads[rows, : len(gains)]), factors[rows])
-            grad_gains += (unturned * unit).sum(0)
-            grad_heads[rows, : len(gains)] = settings.norm.backward_(
-                unturned.mul_(gains), unit, factors[rows]
+        grad_query, grad_key = heads.backward(into[0], into[1], grad_raw)
+        return grad_raw.view_as(raw), grad_query, grad_key, None, None, None
+
+
+class _SourceAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        raw: Tensor,
+        source: Tensor,
+        query_gain: Tensor | None,
+        key_gain: Tensor | None,
+        settings: AttentionSettings,
+        pairs: Sequence[tuple[Group, Group]],
+        turns: Tensor | None,
+    ) -> Tensor:
+        own, other = _own_and_source(raw, source, query_gain, key_gain, settings, turns)
+        mixed = raw.new_empty(len(raw), settings.heads, settings.channels)
+        sums: list[Tensor] = []
+        for group, source_group in pairs:
+            q, k, v = (_texts(part, group) for part in (own.queries, own.keys, own.values))
+            source_k, source_v = (_texts(part, source_group) for part in (other.keys, other.values))
+            if own.keys.shape[1]:
+                out, total = _mix_both(q, (k, v), (source_k, source_v), settings)
+                sums.append(total)
+            else:
+                out, logarithms = _mix(q, source_k, source_v, replace(settings, reach=FULL))
+                sums += logarithms
+            _texts(mixed, group).copy_(out)
+        ctx.save_for_backward(
+            raw, source, query_gain, key_gain, own.factors, other.factors, turns, mixed, *sums
+        )
+        ctx.settings, ctx.pairs = settings, pairs
+        return mixed.flatten(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+        settings: AttentionSettings = ctx.settings
+        raw, source, query_gain, key_gain, *factors, turns, mixed = ctx.saved_tensors[:8]
+        sums = iter(ctx.saved_tensors[8:])
+        own, other = _own_and_source(raw, source, query_gain, key_gain, settings, turns, factors)
+        grad = grad.view_as(mixed)
+        grad_raw, into = own.room()
+        grad_source, source_into = other.room()
+        to_source = replace(settings, reach=FULL)
+        for group, source_group in ctx.pairs:
+            one_grad, q, k, v, out = (
+                _texts(part, group) for part in (grad, own.queries, own.keys, own.values, mixed)
             )
-        grad_query = grad_key = None
-        if grad_gains is not None:
-            undo = torch.argsort(interleave(settings.channels).to(raw.device))
-            grad_query = grad_gains[: settings.heads].sum(0)[undo] * settings.scale
-            grad_key = grad_gains[settings.heads :].sum(0)[undo]
-        return grad_heads.view_as(raw), grad_query, grad_key, None, None, None
+            source_k, source_v = (_texts(part, source_group) for part in (other.keys, other.values))
+            logarithms = sums
+            grad_q = torch.zeros_like(q)
+            if own.keys.shape[1]:
+                total = next(sums)
+                logarithms = _parted(total, q, to_source)
+                grad_q, *found = _mix_backward(one_grad, q, k, v, out, _parted(total, q, settings), settings)
+                for place, one in zip(into[1:], found, strict=True):
+                    _texts(place, group).copy_(one)
+            also_q, *found = _mix_backward(one_grad, q, source_k, source_v, out, logarithms, to_source)
+            torch.add(grad_q, also_q, out=_texts(into[0], group))
+            for place, one in zip(source_into[1:], found, strict=True):
+                _texts(place, source_group).copy_(one)
+        grad_query, grad_key = own.backward(into[0], into[1], grad_raw)
+        _, grad_source_key = other.backward(source_into[0], source_into[1], grad_source)
+        if grad_key is not None and grad_source_key is not None:
+            grad_key += grad_source_key
+        grads = (grad_raw.view_as(raw), grad_source.view_as(source), grad_query, grad_key)
+        return *grads, None, None, None
+
+
+def _own_and_source(
+    raw: Tensor,
+    source: Tensor,
+    query_gain: Tensor | None,
+    key_gain: Tensor | None,
+    settings: AttentionSettings,
+    turns: Tensor | None,
+    factors: Sequence[Tensor | None] = (None, None),
+) -> tuple[_Heads, _Heads]:
+    """The heads of the rows themselves, without keys in cross-attention, and those of the source."""
+    is_merged = raw.shape[1] > settings.heads * settings.channels
+    own = settings if is_merged else replace(settings, shared=0)
+    return (
+        _Heads(raw, query_gain, key_gain, own, turns, factors[0]),
+        _Heads(source, query_gain, key_gain, replace(settings, heads=0), None, factors[1]),
+    )
 
 
 def pair_order(settings: AttentionSettings) -> Tensor:
@@ -775,19 +911,26 @@ class _Block:
     is_causal: bool = False
 
 
-def _blocks(reach: Reach, length: int, dtype: torch.dtype) -> list[_Block]:
-    """The blocks of a text: one where no window ends inside it, else few queries each, to skip most keys."""
-    reach = within(reach, length)
-    everything = slice(0, length)
-    if reach in (FULL, CAUSAL):
+def _blocks(q: Tensor, settings: AttentionSettings) -> list[_Block]:
+    """The blocks of texts q[N, H, L, C]: one where no window ends inside them and no score is kept at once.
+
+    Else few queries each, to skip most keys.
+    """
+    length, dtype = q.shape[2], q.dtype
+    reach = within(settings.reach, length)
+    everything = slice(None)
+    if _is_fused(q, settings) and reach in (FULL, CAUSAL):
         return [_Block(everything, everything, is_causal=reach == CAUSAL)]
+    if reach == FULL:
+        firsts = range(0, length, QUERY_BLOCK)
+        return [_Block(slice(first, min(first + QUERY_BLOCK, length)), everything) for first in firsts]
     left = length if reach.left is None else reach.left
     right = length if reach.right is None else reach.right
     blocks = []
     for first in range(0, length, QUERY_BLOCK):
         last = min(first + QUERY_BLOCK, length)
         low, high = max(0, first - left), min(length, last + right)
-        mask = _band(last - first, high - low, first - low, left, right, dtype)
+        mask = _band(last - first, high - low, first - low, left, right, dtype).to(q.device)
         blocks.append(_Block(slice(first, last), slice(low, high), mask))
     return blocks
 
@@ -801,17 +944,18 @@ def _band(queries: int, keys: int, offset: int, left: int, right: int, dtype: to
 
 
 def _mix(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> tuple[Tensor, list[Tensor]]:
-    """Mixed values[N, H, L, C] of texts of one length on a CPU.
+    """Mixed values[N, H, L, C] of texts of one length; keys may be more or fewer than queries.
 
     Also the logarithms of the sums of exponentials of each block, for the backward pass.
     """
-    if settings.softcap is not None:
-        return _capped(settings)(q, k, v), []
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     outs, sums = [], []
-    for block in _blocks(settings.reach, q.shape[2], q.dtype):
+    for block in _blocks(q, settings):
         parts = _parts(block, settings, (q,), (k, v))
-        out, logarithms = flash(*parts, 0.0, block.is_causal, attn_mask=block.mask, scale=1.0)
+        if _is_fused(q, settings):
+            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            out, logarithms = flash(*parts, 0.0, block.is_causal, attn_mask=block.mask, scale=1.0)
+        else:
+            out, logarithms = _plain(parts, block.mask, settings.softcap)
         outs.append(_unfolded(out, settings.heads) if _folds(block) else out)
         sums.append(logarithms)
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2), sums
@@ -827,17 +971,20 @@ def _mix_backward(
     settings: AttentionSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values of `_mix`; takes its blocks' `sums` one by one."""
-    if settings.softcap is not None:
-        return _differentiable(_capped(settings))(grad, q, k, v)
-    flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    blocks = _blocks(settings.reach, q.shape[2], q.dtype)
+    blocks = _blocks(q, settings)
     found = []
     for block in blocks:
         one_grad, one_q, one_out, one_k, one_v = _parts(block, settings, (grad, q, out), (k, v))
-        grad_q, *grads = flash_backward(
-            one_grad, one_q, one_k, one_v, one_out, next(sums), 0.0, block.is_causal,
-            attn_mask=block.mask, scale=1.0,
-        )  # fmt: skip
+        if _is_fused(q, settings):
+            grad_q, *grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                one_grad, one_q, one_k, one_v, one_out, next(sums), 0.0, block.is_causal,
+                attn_mask=block.mask, scale=1.0,
+            )  # fmt: skip
+        else:
+            parts = (one_q, one_k, one_v)
+            grad_q, *grads = _plain_backward(
+                one_grad, parts, one_out, next(sums), block.mask, settings.softcap
+            )
         if _folds(block):
             grad_q = _unfolded(grad_q, settings.heads)
         else:  # each key head stood there once for each of its query heads
@@ -850,6 +997,88 @@ def _mix_backward(
         grad_k[:, :, block.keys] += grads[0]
         grad_v[:, :, block.keys] += grads[1]
     return torch.cat([one[0] for one in found], dim=2), grad_k, grad_v
+
+
+def _mix_both(
+    q: Tensor, own: tuple[Tensor, Tensor], source: tuple[Tensor, Tensor], settings: AttentionSettings
+) -> tuple[Tensor, Tensor]:
+    """One softmax over the keys of the texts themselves and of their sources (T5Gemma 2's merged attention).
+
+    Gives the mixed values[N, H, L, C] and the logarithms[N, H, L] of the sums of exponentials. Each part is
+    mixed by itself and weighs as much as its sum of exponentials (arXiv 2512.14856 without its masks).
+    """
+    outs, sums = [], []
+    for (k, v), one in ((own, settings), (source, replace(settings, reach=FULL))):
+        out, logarithms = _mix(q, k, v, one)
+        outs.append(out)
+        sums.append(_joined(logarithms, q, one))
+    total = torch.logaddexp(*sums)
+    shares = [(part - total).exp_().to(q.dtype)[..., None] for part in sums]
+    return torch.addcmul(outs[0] * shares[0], outs[1], shares[1]), total
+
+
+def _joined(sums: Sequence[Tensor], q: Tensor, settings: AttentionSettings) -> Tensor:
+    """The sums of the blocks of texts q[N, H, L, C] as [N, H, L]."""
+    parts = [
+        _unfolded(part[..., None], settings.heads)[..., 0] if _folds(block) else part
+        for block, part in zip(_blocks(q, settings), sums, strict=True)
+    ]
+    return torch.cat(parts, dim=2)
+
+
+def _parted(total: Tensor, q: Tensor, settings: AttentionSettings) -> Iterator[Tensor]:
+    """The inverse of `_joined`."""
+    for block in _blocks(q, settings):
+        part = total[:, :, block.queries]
+        yield _folded(part[..., None], settings.shared)[..., 0] if _folds(block) else part
+
+
+def _is_fused(q: Tensor, settings: AttentionSettings) -> bool:
+    """Whether torch's fused operator of the CPU computes it: it knows no capped scores."""
+    return settings.softcap is None and q.device.type == "cpu"
+
+
+def _plain(parts: Sequence[Tensor], mask: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """(mixed values[N, H, L, C], logarithms[N, H, L] of the sums) of q[N, H, L, C], k and v[N, H, S, C]."""
+    q, k, v = parts
+    scores, _ = _scores(q, k, mask, softcap)
+    sums = scores.logsumexp(-1)
+    return scores.sub_(sums[..., None]).exp_().to(v.dtype) @ v, sums
+
+
+def _plain_backward(
+    grad: Tensor,
+    parts: Sequence[Tensor],
+    out: Tensor,
+    sums: Tensor,
+    mask: Tensor | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys and values of `_plain`."""
+    q, k, v = parts
+    scores, slope = _scores(q, k, mask, softcap, needs_slope=True)
+    shares = scores.sub_(sums[..., None]).exp_()
+    grad_v = shares.to(v.dtype).transpose(-1, -2) @ grad
+    grad_scores = _wide(grad @ v.transpose(-1, -2))
+    grad_scores.sub_((grad * out).sum(-1, keepdim=True, dtype=grad_scores.dtype)).mul_(shares)
+    if slope is not None:
+        grad_scores.mul_(slope)
+    narrow = grad_scores.to(q.dtype)
+    return narrow @ k, narrow.transpose(-1, -2) @ q, grad_v
+
+
+def _scores(
+    q: Tensor, k: Tensor, mask: Tensor | None, softcap: float | None, *, needs_slope: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(scores[N, H, L, S] in fp32 or wider, how they change with those before the cap, if needed)."""
+    slope = None
+    if softcap is None:
+        scores = _wide(q @ k.transpose(-1, -2))
+    else:
+        scores = _wide((q / softcap) @ k.transpose(-1, -2)).tanh_()
+        slope = 1 - scores.square() if needs_slope else None
+        scores.mul_(softcap)
+    return scores if mask is None else scores.add_(mask), slope
 
 
 def _folds(block: _Block) -> bool:
@@ -867,23 +1096,6 @@ def _parts(
         return [*(_folded(part, settings.shared) for part in queries), *keys]
     times = settings.heads // settings.shared
     return [*queries, *(part[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2) for part in keys)]
-
-
-def _capped(settings: AttentionSettings) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Attention of texts of one length, [N, heads, L, C], with capped scores."""
-
-    def mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        texts, _, length, _ = q.shape
-        group = Group(0, 0, texts, length)
-        place = torch.empty(0)  # positions and starts, which attention by groups does not look at
-        layout = Layout((group,), texts * length, texts * length, texts, length, place, place)
-        rows = [part.transpose(1, 2).flatten(0, 1) for part in (q, k, v)]
-        flat = attend_groups(rows[0], rows[1], rows[2], layout, settings.reach, settings.softcap)
-        return torch.unflatten(torch.unflatten(flat, 1, (settings.heads, -1)), 0, (texts, length)).transpose(
-            1, 2
-        )
-
-    return mixed
 
 
 def _differentiable(

@@ -1,4 +1,4 @@
-"""Trainable Gemma 2 and 3, T5Gemma's encoder, Qwen, Llama, Mistral, EuroBERT and ModernBERT.
+"""Trainable Gemma 2 and 3, the towers of T5Gemma 1 and 2, Qwen, Llama, Mistral, EuroBERT and ModernBERT.
 
 The rules of each family are those of its file in `gemb.model.families`; what is different here is that gains
 stay apart from the weights that follow them.
@@ -6,12 +6,13 @@ stay apart from the weights that follow them.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from gemb.model.families import NotPacked, activation_of, prefix_of
-from gemb.model.families.gated import GEMMA_NORMS, Traits, layer_reaches, layer_type
+from gemb.model.families.gated import GEMMA_NORMS, Norms, Traits, layer_reaches, layer_type
 from gemb.model.families.rope import rotary
 from gemb.model.kernels import Rotary
 from gemb.model.layout import Layout
@@ -20,6 +21,7 @@ from gemb.model.trainable.blocks import (
     Computation,
     FeedForward,
     GatedLayer,
+    RunLayer,
     fuse_layer,
     run_layers,
 )
@@ -29,6 +31,8 @@ from gemb.model.trainable.quantised import looked_up
 
 RotaryOf = Callable[[str, int], Rotary]
 """Rotary positions by layer type and channels of a head."""
+Tower = Literal["encoder", "decoder"]
+"""Of an encoder-decoder, as its tensors are called."""
 
 # What transformers takes where config.json leaves it out.
 _GEMMA_DEFAULTS = {
@@ -54,6 +58,7 @@ class GatedBackbone:
         layers: Sequence[GatedLayer],
         final_gain: Tensors,
         norm: Norm,
+        marker: int | None = None,
     ) -> None:
         self.table = table
         self.width = table.matrix.shape[1]
@@ -62,6 +67,8 @@ class GatedBackbone:
         self.layers = tuple(layers)
         self.final_gain = final_gain
         self.norm = norm
+        self.marker = marker
+        """The token that has a vector of its own, the `shift` of the table (T5Gemma 2's end of an image)."""
 
     def fuse(self) -> None:
         """Lay queries, keys and values together, and gate and up."""
@@ -70,11 +77,24 @@ class GatedBackbone:
 
     def forward(self, ids: Tensor, layout: Layout, computation: Computation) -> Tensor:
         """int64 ids[T] of packed texts -> states[T, D] after the final norm."""
+        return self.through(self.layers, ids, layout, computation)
+
+    def through(
+        self, layers: Sequence[RunLayer], ids: Tensor, layout: Layout, computation: Computation
+    ) -> Tensor:
+        """The same through other layers."""
+        x = run_layers(layers, computation.drop(self._entered(ids, computation)), layout, computation)
+        return self._normed(x, self.final_gain)
+
+    def _entered(self, ids: Tensor, computation: Computation) -> Tensor:
+        """The embeddings of the tokens, [T, D]."""
         x = looked_up(self.table, ids, self.embedding_scale, is_sparse=computation.sparse_table)
         if self.embedding_gain is not None:
             x = self._normed(x, self.embedding_gain)
-        x = run_layers(self.layers, computation.drop(x), layout, computation)
-        return self._normed(x, self.final_gain)
+        if self.marker is None or not (is_marker := ids == self.marker).any():
+            return x
+        own = self.table.shift
+        return x if own is None else torch.where(is_marker[:, None], own, x)
 
     def _normed(self, x: Tensor, gain: Tensors) -> Tensor:
         return norm_rows(x, gain.matrix, self.norm)
@@ -82,6 +102,18 @@ class GatedBackbone:
 
 def gemma3(config: Mapping[str, Any], tree: ParameterTree) -> GatedBackbone:
     """Gemma 3 and EmbeddingGemma."""
+    prefix = prefix_of(tree.weights, "layers.0.self_attn.q_norm.weight")
+    return _gemma3(config, tree, prefix, GEMMA_NORMS)
+
+
+def _gemma3(
+    config: Mapping[str, Any],
+    tree: ParameterTree,
+    prefix: str,
+    norms: Norms,
+    table: Tensors | None = None,
+    marker: int | None = None,
+) -> GatedBackbone:
     given = {**_GEMMA_DEFAULTS, **config}
 
     def rotary_of(kind: str, channels: int) -> Rotary:
@@ -90,32 +122,61 @@ def gemma3(config: Mapping[str, Any], tree: ParameterTree) -> GatedBackbone:
         return rotary(given, channels, kind, default_theta=1_000_000.0)
 
     traits = Traits(
-        norms=GEMMA_NORMS,
+        norms=norms,
         gain_offset=1.0,
         scales_embeddings=True,
         norms_queries_and_keys=True,
         score_scale=float(given["query_pre_attn_scalar"]) ** -0.5,
     )
-    prefix = prefix_of(tree.weights, "layers.0.self_attn.q_norm.weight")
-    return _gated(given, tree, traits, prefix=prefix, rotary_of=rotary_of)
+    return _gated(given, tree, traits, prefix=prefix, rotary_of=rotary_of, table=table, marker=marker)
+
+
+def t5gemma2(
+    config: Mapping[str, Any],
+    tree: ParameterTree,
+    tower: Tower,
+    *,
+    marker: int,
+    table: Tensors | None = None,
+) -> GatedBackbone:
+    """A tower of T5Gemma 2 by its own part of config.json; without a `table` that of its tensors.
+
+    `marker` is the token with a vector of its own beside the table.
+    """
+    prefix = prefix_of(tree.weights, f"{tower}.layers.0.self_attn.q_norm.weight") + f"{tower}."
+    if tower == "decoder":
+        config = {**config, "model_type": "gemma3_text", "is_causal": True}  # sees what Gemma 3 sees
+    if table is None:
+        table = tree.layer(f"{prefix}embed_tokens", ("weight", "eoi_embedding"))
+    return _gemma3(config, tree, prefix, _T5GEMMA_NORMS, table, marker)
 
 
 def gemma2(config: Mapping[str, Any], tree: ParameterTree) -> GatedBackbone:
     """Gemma 2, or the encoder of T5Gemma."""
+    if config["model_type"] != "gemma2":
+        return t5gemma(config, tree, "encoder")
+    prefix = prefix_of(tree.weights, "layers.0.self_attn.q_proj.weight")
+    return _gemma2(config, tree, prefix, GEMMA_NORMS)
+
+
+def t5gemma(config: Mapping[str, Any], tree: ParameterTree, tower: Tower) -> GatedBackbone:
+    """A tower of T5Gemma by its own part of config.json; the cross-attention of a decoder is left out."""
+    prefix = prefix_of(tree.weights, f"{tower}.layers.0.self_attn.q_proj.weight") + f"{tower}."
+    if tower == "decoder":
+        config = {**config, "model_type": "gemma2", "is_causal": True}  # sees what Gemma 2 sees
+    return _gemma2(config, tree, prefix, _T5GEMMA_NORMS)
+
+
+def _gemma2(config: Mapping[str, Any], tree: ParameterTree, prefix: str, norms: Norms) -> GatedBackbone:
     given = {**_GEMMA_DEFAULTS, **config}
     softcap = given["attn_logit_softcapping"]
     traits = Traits(
-        norms=GEMMA_NORMS,
+        norms=norms,
         gain_offset=1.0,
         scales_embeddings=True,
         score_scale=float(given["query_pre_attn_scalar"]) ** -0.5,
         softcap=None if softcap is None else float(softcap),
     )
-    if given["model_type"] == "gemma2":
-        prefix = prefix_of(tree.weights, "layers.0.self_attn.q_proj.weight")
-    else:
-        traits = replace(traits, norms=_T5GEMMA_NORMS)
-        prefix = prefix_of(tree.weights, "encoder.layers.0.self_attn.q_proj.weight") + "encoder."
     return _gated(given, tree, traits, prefix=prefix, rotary_of=lambda _, channels: rotary(given, channels))
 
 
@@ -137,6 +198,8 @@ def _gated(
     *,
     prefix: str,
     rotary_of: RotaryOf,
+    table: Tensors | None = None,
+    marker: int | None = None,
 ) -> GatedBackbone:
     """The backbone of a gated transformer whose tensors are called `prefix` and the usual names."""
     norm = Norm(float(config.get("rms_norm_eps", 1e-6)), traits.gain_offset)
@@ -186,13 +249,14 @@ def _gated(
                 after_feed_forward=gain(names.after_feed_forward, at),
             )
         )
-    table = tree.layer(f"{prefix}embed_tokens")
+    table = tree.layer(f"{prefix}embed_tokens") if table is None else table
     return GatedBackbone(
         table=table,
         embedding_scale=table.matrix.shape[1] ** 0.5 if traits.scales_embeddings else 1.0,
         layers=layers,
         final_gain=tree.layer(f"{prefix}norm"),
         norm=norm,
+        marker=marker,
     )
 
 

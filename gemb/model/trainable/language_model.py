@@ -15,10 +15,12 @@ from gemb.files import read_json
 from gemb.model.attention import is_bidirectional, reach_of_layers
 from gemb.model.families import NotPacked
 from gemb.model.folder import read_folder
-from gemb.model.layout import Layout
-from gemb.model.trainable import gated
-from gemb.model.trainable.blocks import Computation, Recompute
+from gemb.model.layout import Layout, packed_places
+from gemb.model.trainable import encoder_decoder, gated
+from gemb.model.trainable.blocks import Computation, Recompute, Source
 from gemb.model.trainable.encoder import Precision
+from gemb.model.trainable.encoder_decoder import EncoderDecoder, PairedRows
+from gemb.model.trainable.gated import GatedBackbone
 from gemb.model.trainable.head import TeacherStates, head_loss
 from gemb.model.trainable.parameters import ParameterTree, Tensors
 from gemb.model.trainable.saving import SavedDtype, save_backbone, save_folder
@@ -69,6 +71,8 @@ class TrainableLanguageModel(nn.Module):
     parameter of its own. Nothing is padded: the loss of a row and its gradient do not depend on other rows.
     """
 
+    _head: Tensors
+
     def __init__(self, folder: Path, computation: Computation, attention: Attention) -> None:
         super().__init__()
         self.folder = folder
@@ -81,7 +85,8 @@ class TrainableLanguageModel(nn.Module):
         text = _decoder_config(config)
         softcap = text.get("final_logit_softcapping", _SOFTCAPS.get(str(config["model_type"])))
         self.softcap: float | None = None if softcap is None else float(softcap)
-        self._aliases, self._head = self._find_head(config, tree)
+        # Not as a submodule: it is one already, by the name that the files have for it.
+        self.__dict__["_head"] = self._find_head(config, tree)
         self._backbone.fuse()
 
     @classmethod
@@ -111,7 +116,7 @@ class TrainableLanguageModel(nn.Module):
     @property
     def is_encoder_decoder(self) -> bool:
         """Whether batches need a source."""
-        return False
+        return isinstance(self._backbone, EncoderDecoder)
 
     @property
     def vocabulary(self) -> int:
@@ -120,10 +125,9 @@ class TrainableLanguageModel(nn.Module):
 
     @property
     def table_name(self) -> str:
-        """The name of the token table that the (only or first) tower reads, among the parameters."""
-        return next(
-            name for name, parameter in self.named_parameters() if parameter is self._backbone.table.matrix
-        )
+        """The name of the token table of the encoder, or of the only tower, among the parameters."""
+        first = self._backbone.encoder if isinstance(self._backbone, EncoderDecoder) else self._backbone
+        return self._name_of(first.table)
 
     @property
     def cross_attention_names(self) -> frozenset[str]:
@@ -167,7 +171,7 @@ class TrainableLanguageModel(nn.Module):
         `target` appears at once or not at all. Raises GembError if it exists or cannot be written.
         """
         values = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        values |= {alias: values[name] for alias, name in self._aliases.items()}
+        values |= {copy: values[name] for copy, name in self._copies().items()}
         if (self.folder / "modules.json").exists():
             save_folder(read_folder(self.folder), {self._place: values}, target, dtype)
         else:
@@ -183,39 +187,78 @@ class TrainableLanguageModel(nn.Module):
         """(states[N, D] at the places that have a target, int64 targets[N]), in the order of the batch."""
         places = np.flatnonzero(batch.targets != NO_TARGET)
         targets = batch.targets[places]
-        _check(batch, targets, self.vocabulary)
-        device = self._backbone.table.matrix.device
-        order = np.argsort(-batch.lengths, kind="stable")  # equal lengths side by side, longest first
-        tokens = packed_places(batch.lengths, order)
-        ids = torch.from_numpy(batch.ids[tokens]).to(device).long()
-        layout = Layout.of(batch.lengths[order], device=str(device))
-        states = self._backbone.forward(ids, layout, self.computation)
+        self._check(batch, targets)
+        device = self._head.matrix.device
+        if isinstance(self._backbone, EncoderDecoder):
+            rows = PairedRows.of(batch.lengths, batch.source_lengths)
+            ids, layout, tokens = _in_order(batch.ids, batch.lengths, rows.order, device)
+            source_ids, source_layout, _ = _in_order(
+                batch.source_ids, batch.source_lengths, rows.source_order, device
+            )
+            read = self._backbone.encoder.forward(source_ids, source_layout, self.computation)
+            states = self._backbone.forward(ids, layout, Source(read, rows.pairs), self.computation)
+        else:
+            order = np.argsort(-batch.lengths, kind="stable")  # equal lengths side by side, longest first
+            ids, layout, tokens = _in_order(batch.ids, batch.lengths, order, device)
+            states = self._backbone.forward(ids, layout, self.computation)
         where = torch.from_numpy(np.argsort(tokens)[places]).to(device)
         return states.index_select(0, where), torch.from_numpy(targets).to(device).long()
 
-    def _find_head(self, config: Mapping[str, Any], tree: ParameterTree) -> tuple[dict[str, str], Tensors]:
-        """(names in the file that stand for a parameter of another name, the head)."""
+    def _check(self, batch: LanguageBatch, targets: NDArray[np.int32]) -> None:
+        """Raise ValueError for what cannot be a batch of this model."""
+        _check_rows("ids", batch.ids, batch.lengths, self.vocabulary)
+        if len(batch.targets) != len(batch.ids):
+            raise ValueError(f"{len(batch.targets)} targets for {len(batch.ids)} ids")
+        _check_tokens("targets", targets, self.vocabulary)
+        if self.is_encoder_decoder:
+            if len(batch.source_lengths) != len(batch.lengths):
+                raise ValueError(f"{len(batch.source_lengths)} sources for {len(batch.lengths)} rows")
+            _check_rows("source_ids", batch.source_ids, batch.source_lengths, self.vocabulary)
+        elif len(batch.source_ids):
+            raise ValueError("the batch has a source, but the model has no encoder to read it")
+
+    def _find_head(self, config: Mapping[str, Any], tree: ParameterTree) -> Tensors:
+        """The head: the token table where it is tied to it, else the layer that the file has for it."""
         table = self._backbone.table
         stored = [name for name in tree.weights if name.endswith(_HEADS)]
         ties = config.get("tie_word_embeddings", config["model_type"] in _TIES)
         if not stored:
             if ties:
-                return {}, table
+                return table
             raise MismatchError(
                 f"{self._place}: its weights have no lm_head, and config.json does not tie it to the token "
                 "table (tie_word_embeddings); take the model that generates text, not its encoder alone"
             )
         # As transformers: a head that is declared tied and stored apart is tied only if it is equal.
-        if ties and torch.equal(tree.weights.tensor(stored[0]), tree.weights.tensor(self.table_name)):
-            return {stored[0]: self.table_name}, table
-        return {}, tree.layer(stored[0].removesuffix(".weight"))
+        if ties and torch.equal(tree.weights.tensor(stored[0]).float(), table.matrix):
+            return table
+        return tree.layer(stored[0].removesuffix(".weight"))
+
+    def _copies(self) -> dict[str, str]:
+        """Tensors of the file that repeat a parameter, and its name: heads and tables that are tied."""
+        names = {name for name, _ in self.named_parameters()}
+        others = [name for name in self._weights if name not in names]
+        table = self._name_of(self._backbone.table)
+        copies = {name: table for name in others if name.endswith((*_HEADS, "embed_tokens.weight"))}
+        if self._backbone.table.shift is not None:
+            copies |= {
+                name: f"{table.removesuffix('.weight')}.{_MARKER}"
+                for name in others
+                if name.endswith(_MARKER)
+            }
+        return copies
+
+    def _name_of(self, table: Tensors) -> str:
+        """The name of a table among the parameters."""
+        return next(name for name, parameter in self.named_parameters() if parameter is table.matrix)
 
 
 _HEADS = ("lm_head.weight", "lm_head.out_proj.weight")
+_MARKER = "eoi_embedding"
 # What transformers takes where config.json leaves it out.
 _SOFTCAPS = {"gemma2": 30.0, "t5gemma": 30.0}
 _TIES = frozenset({"gemma2", "gemma3", "gemma3_text", "t5gemma", "t5gemma2"})
-_DECODERS: Mapping[str, Callable[[Mapping[str, Any], ParameterTree], gated.GatedBackbone]] = {
+_DECODERS: Mapping[str, Callable[[Mapping[str, Any], ParameterTree], GatedBackbone]] = {
     "gemma2": gated.gemma2,
     "gemma3": gated.gemma3,
     "gemma3_text": gated.gemma3,
@@ -224,26 +267,31 @@ _DECODERS: Mapping[str, Callable[[Mapping[str, Any], ParameterTree], gated.Gated
     "qwen2": gated.llama,
     "qwen3": gated.llama,
 }
+_ENCODER_DECODERS: Mapping[str, Callable[[Mapping[str, Any], ParameterTree], EncoderDecoder]] = {
+    "t5gemma": encoder_decoder.t5gemma,
+    "t5gemma2": encoder_decoder.t5gemma2,
+}
 
 
-def packed_places(lengths: NDArray[np.int32], order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64[T], the packed places of the tokens of the rows in `order`."""
-    starts = (np.cumsum(lengths) - lengths)[order]
-    sizes = lengths[order]
-    shifts: NDArray[np.int64] = np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
-    return np.arange(len(shifts)) + shifts
+def _in_order(
+    ids: NDArray[np.int32], lengths: NDArray[np.int32], order: NDArray[np.int64], device: torch.device
+) -> tuple[Tensor, Layout, NDArray[np.int64]]:
+    """(int64 ids[T] of the rows in `order`, their layout, the places that they had)."""
+    places = packed_places(lengths, order)
+    layout = Layout.of(lengths[order], device=str(device))
+    return torch.from_numpy(ids[places]).to(device).long(), layout, places
 
 
-def _check(batch: LanguageBatch, targets: NDArray[np.int32], vocabulary: int) -> None:
-    lengths = batch.lengths
-    if len(lengths) == 0 or lengths.min() < 1 or not lengths.sum() == len(batch.ids) == len(batch.targets):
+def _check_rows(name: str, ids: NDArray[np.int32], lengths: NDArray[np.int32], vocabulary: int) -> None:
+    if len(lengths) == 0 or lengths.min() < 1 or lengths.sum() != len(ids):
+        raise ValueError(f"lengths of {int(lengths.sum())} tokens for {len(ids)} {name}; each is 1 at least")
+    _check_tokens(name, ids, vocabulary)
+
+
+def _check_tokens(name: str, ids: NDArray[np.int32], vocabulary: int) -> None:
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
         raise ValueError(
-            f"lengths of {int(lengths.sum())} tokens for {len(batch.ids)} ids and {len(batch.targets)} "
-            "targets; each is 1 at least"
-        )
-    if len(targets) and not 0 <= targets.min() <= targets.max() < vocabulary:
-        raise ValueError(
-            f"targets from {targets.min()} to {targets.max()}, but the vocabulary has {vocabulary} tokens"
+            f"{name} from {ids.min()} to {ids.max()}, but the vocabulary has {vocabulary} tokens"
         )
 
 
@@ -267,20 +315,28 @@ def _decoder_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _backbone(
     config: Mapping[str, Any], tree: ParameterTree, attention: Attention, file: Path
-) -> gated.GatedBackbone:
+) -> GatedBackbone | EncoderDecoder:
     if config.get("quantization_config"):
         raise MismatchError(
             f"{file}: the weights are quantised and cannot be trained; use the model that they were made from"
         )
     model_type = str(config.get("model_type"))
-    build = _DECODERS.get(model_type)
     reason = f"model type {model_type!r} cannot be trained as a language model"
-    if build is not None:
-        try:
-            return build(_seeing({"model_type": model_type, **_decoder_config(config)}, attention), tree)
-        except NotPacked as error:
-            reason = f"it cannot be trained packed: {error}"
-    raise MismatchError(f"{file}: {reason}; known are {', '.join(sorted(_DECODERS))}")
+    try:
+        if model_type in _DECODERS:
+            text = {"model_type": model_type, **_decoder_config(config)}
+            return _DECODERS[model_type](_seeing(text, attention), tree)
+        if model_type in _ENCODER_DECODERS and config.get("is_encoder_decoder", True):
+            if attention != "folder":
+                raise MismatchError(
+                    f"{file}: attention is {attention!r}, but each tower of {model_type} sees one way only; "
+                    "leave it at 'folder'"
+                )
+            return _ENCODER_DECODERS[model_type](config, tree)
+    except NotPacked as error:
+        reason = f"it cannot be trained packed: {error}"
+    known = ", ".join(sorted([*_DECODERS, *_ENCODER_DECODERS]))
+    raise MismatchError(f"{file}: {reason}; train a model of another type, one of {known}")
 
 
 def _seeing(config: Mapping[str, Any], attention: Attention) -> Mapping[str, Any]:
