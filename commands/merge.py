@@ -11,6 +11,7 @@ from gemb.jobs.merge import MergeRecipe
 from ._options import (
     DryRunOption,
     JsonOption,
+    OverwriteOption,
     QuietOption,
     RecipeOption,
     SetOption,
@@ -38,11 +39,13 @@ def merge(
     choose: Annotated[str | None, option(MergeRecipe, "choose")] = None,
     budget: Annotated[int | None, option(MergeRecipe, "budget")] = None,
     fail_on_regression: Annotated[bool | None, option(MergeRecipe, "fail_on_regression")] = None,
+    max_memory: Annotated[float | None, option(MergeRecipe, "max_memory", metavar="GIB")] = None,
     seed: Annotated[int | None, option(MergeRecipe, "seed")] = None,
     device: Annotated[str | None, option(MergeRecipe, "device")] = None,
     threads: Annotated[int | None, option(MergeRecipe, "threads")] = None,
     offline: Annotated[bool | None, option(MergeRecipe, "offline")] = None,
     recipe: RecipeOption = None,
+    overwrite: OverwriteOption = False,
     set_: SetOption = None,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
@@ -67,7 +70,7 @@ def merge(
         "data": None if data is None else tuple(data),
     }
     wanted = recipes.load(recipe, MergeRecipe, set_ or (), keys)
-    plan_or_run(job, wanted, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose)
+    plan_or_run(job, wanted, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose, overwrite=overwrite)
 
 
 def _numbers(text: str) -> tuple[object, ...]:

@@ -8,21 +8,23 @@ docs/merge.md for what users are promised. The output appears whole or not at al
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import orjson
 import yaml
 
 from gemb.errors import Exit, GembError
 from gemb.evaluation import Comparison, Task
 from gemb.evaluation.reading import Choices, read_task
-from gemb.files import atomic_write, check_writable, read_json, write_json
+from gemb.files import atomic_write, check_writable, os_errors_explained, read_json, write_json
 from gemb.jobs.merge_recipe import Ingredient, MergeRecipe, layers_of
-from gemb.jobs.merge_scores import Scored, Trial, chosen, greedy, mixtures, scored
+from gemb.jobs.merge_scores import Scored, ScoreLog, Trial, chosen, data_digest, greedy, mixtures, scored
 from gemb.jobs.merge_sources import Source, Tensors, check_alike, checkpoints_of, open_source
 from gemb.jobs.merge_streaming import Merge
 from gemb.jobs.record import versions
@@ -49,6 +51,11 @@ class _Setup:
     tasks: Sequence[Task]
 
     @property
+    def partial(self) -> Path:
+        """Where a search keeps its scores, and the model that is tried, until the output is there."""
+        return self.output.with_name(self.output.name + ".partial")
+
+    @property
     def size_bytes(self) -> int:
         """Of the merged weights, at the dtypes of the first model."""
         return sum(weights.size_bytes for weights in self.sources[0].parts.values())
@@ -64,7 +71,7 @@ def plan(recipe: MergeRecipe) -> Plan:
 
     Raises GembError as `run` does before the first tensor.
     """
-    setup = _prepare(recipe, ignore)
+    setup = _prepare(recipe, ignore, overwrite=True)
     setup.merge()
     rows = [
         ("method", _method_shown(recipe)),
@@ -73,6 +80,10 @@ def plan(recipe: MergeRecipe) -> Plan:
     ]
     if recipe.choose is not None:
         rows.append(("choose", f"{recipe.choose}, {counted(recipe.budget, 'merged model')} at most"))
+    notes = _notes(setup)
+    if setup.output.exists():
+        notes.append(f"{setup.output} exists; the merge will need --overwrite")
+    rows += [("note", note) for note in notes]
     return Plan(
         title=f"would merge {counted(len(setup.sources), 'model')} into {setup.output}",
         rows=rows,
@@ -82,13 +93,16 @@ def plan(recipe: MergeRecipe) -> Plan:
             "base": None if setup.base is None else setup.base.name,
             "bytes": setup.size_bytes,
             "recipe": resolved(recipe),
+            "notes": notes,
         },
         outputs=[setup.output],
     )
 
 
-def run(recipe: MergeRecipe, on_progress: OnProgress = ignore) -> Report:
-    """Merge what the recipe says.
+def run(recipe: MergeRecipe, on_progress: OnProgress = ignore, *, overwrite: bool = False) -> Report:
+    """Merge what the recipe says; a search that was killed goes on with the scores that it had.
+
+    `overwrite` lets the merged model take the place of a model that is there, which stays until then.
 
     Raises GembError for parameters that cannot be used and an output that exists, MismatchError for models
     that are not alike, UnavailableError for models and data that cannot be had or are damaged, MachineError
@@ -97,7 +111,7 @@ def run(recipe: MergeRecipe, on_progress: OnProgress = ignore) -> Report:
     from gemb.model.trainable.saving import appearing
 
     began = time.monotonic()
-    setup = _prepare(recipe, on_progress)
+    setup = _prepare(recipe, on_progress, overwrite=overwrite)
     setup.merge()  # parameters show their problems before data are embedded
     alone = [
         scored(source.name, source.folder.path, setup.tasks, recipe, on_progress)
@@ -107,7 +121,7 @@ def run(recipe: MergeRecipe, on_progress: OnProgress = ignore) -> Report:
     trials = _searched(setup, alone, on_progress)
     weights = chosen(trials).weights if trials else ()
     verdict: Comparison | None = None
-    with appearing(setup.output) as place:
+    with appearing(setup.output, overwrite=overwrite) as place:
         _write(setup, setup.merge(weights), place, on_progress)
         own = scored(setup.output.name, place, setup.tasks, recipe, on_progress) if setup.tasks else None
         best = max(alone, key=lambda one: one.mean, default=None)
@@ -117,16 +131,18 @@ def run(recipe: MergeRecipe, on_progress: OnProgress = ignore) -> Report:
         report = _report(setup, alone, own, verdict, trials, weights, time.monotonic() - began, identity)
         _write_card(place, setup, report)
         write_json(place / "gemb.json", {"version": FORMAT, **report.data})
+    shutil.rmtree(setup.partial, ignore_errors=True)
     return report
 
 
-def _prepare(recipe: MergeRecipe, on_progress: OnProgress) -> _Setup:
+def _prepare(recipe: MergeRecipe, on_progress: OnProgress, *, overwrite: bool) -> _Setup:
     """Everything that can be known before the first tensor is read."""
+    from gemb.model.trainable.saving import check_absent
+
     if recipe.output is None:
         raise GembError("no output given; gemb merge A B C -o soup")
     output = recipe.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise GembError(f"{output} exists; choose another path for the model, or move it away")
+    check_absent(output, overwrite=overwrite, hint="pass --overwrite")
     _check_search(recipe)
 
     def tell(line: str) -> None:
@@ -185,19 +201,40 @@ def _searched(setup: _Setup, alone: Sequence[Scored], on_progress: OnProgress) -
         return []
 
     def score_of(weights: tuple[float, ...]) -> float:
-        setup.output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=f".{setup.output.name}.", dir=setup.output.absolute().parent))
+        place = setup.partial / "trial"
+        shutil.rmtree(place, ignore_errors=True)
         try:
+            place.mkdir()
             _write(setup, setup.merge(weights), place, on_progress)
             return scored("a trial", place, setup.tasks, recipe, on_progress).mean
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
-    if recipe.choose == "greedy":
-        return list(greedy([one.mean for one in alone], score_of, recipe.budget))
-    names = list(Tensors(setup.sources[0]))
-    first = recipe.settings(names[0], layers_of(names)).weights
-    return list(mixtures(first, score_of, recipe.budget, recipe.seed))
+    with os_errors_explained(setup.partial):
+        setup.partial.mkdir(parents=True, exist_ok=True)
+    with ScoreLog(setup.partial / "scores.jsonl", _asked(setup)) as log:
+        if log.known:
+            on_progress(Event("searching", 0, note=f"{counted(log.known, 'score')} kept of an earlier run"))
+        known_or_new = partial(log.score, compute=score_of)
+        if recipe.choose == "greedy":
+            return list(greedy([one.mean for one in alone], known_or_new, recipe.budget))
+        names = list(Tensors(setup.sources[0]))
+        first = recipe.settings(names[0], layers_of(names)).weights
+        return list(mixtures(first, known_or_new, recipe.budget, recipe.seed))
+
+
+def _asked(setup: _Setup) -> str:
+    """Digest of all that the score of merged weights depends on, besides the weights."""
+    recipe = setup.recipe
+    free = {"output", "weights", "choose", "budget", "device", "threads", "max_memory", "offline"}
+    models = [*setup.sources, *([] if setup.base is None else [setup.base])]
+    asked = {
+        "recipe": {name: value for name, value in resolved(recipe).items() if name not in free},
+        "models": [fingerprint(source.folder) for source in models],
+        "data": [data_digest(Path(name)) for name in recipe.data],
+        "versions": versions(),
+    }
+    return hashlib.blake2b(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()
 
 
 def _write(setup: _Setup, merge: Merge, place: Path, on_progress: OnProgress) -> None:
@@ -293,6 +330,7 @@ def _report(
         ]
         tables.append(_trials_table(trials, [source.name for source in setup.sources]))
         rows.append(("note", "weights were chosen on the data of the verdict; measure on others, too"))
+    rows += [("note", note) for note in _notes(setup)]
     failed = recipe.fail_on_regression and verdict is not None and verdict.verdict == "REGRESSION"
     return Report(
         title=f"merged {counted(len(setup.sources), 'model')} into {setup.output} in {seconds:.1f} s",
@@ -302,6 +340,20 @@ def _report(
         tables=tables,
         exit_code=Exit.GATE if failed else Exit.DONE,
     )
+
+
+def _notes(setup: _Setup) -> list[str]:
+    """What the user should know of the models."""
+    notes = []
+    for source in setup.sources:
+        record = source.folder.path / "gemb.json"
+        trained = read_json(record).get("qat") if record.is_file() else None
+        if isinstance(trained, dict):
+            notes.append(
+                f"{source.name} was trained for the {trained.get('format')} grid, and a mean of weights lies "
+                "off it: gemb quantize will cost the merged model what it costs any other"
+            )
+    return notes
 
 
 def _method_shown(recipe: MergeRecipe) -> str:

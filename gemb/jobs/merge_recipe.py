@@ -118,6 +118,9 @@ class MergeRecipe(Recipe):
     """Merged models that are evaluated to choose weights, at most."""
     fail_on_regression: bool = False
     """End with exit code 8 if the merged model is worse than the best of the models."""
+    max_memory: float | None = Field(default=None, gt=0)
+    """GiB that the tensors at work may take: blocks become smaller, and a method that needs a tensor as a
+    whole is refused where it does not fit; by default blocks of 4 million numbers, and whatever it takes."""
     seed: int = Field(default=42, ge=0)
     """Of what is dropped at random, and of the mixtures tried."""
     device: str = "auto"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 
 from gemb.engine.encoder import Encoder
 from gemb.engine.opening import stdout_guarded
 from gemb.evaluation import Comparison, Score, Task, compare, evaluate
+from gemb.files import Journal, file_digest
 from gemb.jobs.merge_recipe import MergeRecipe
 from gemb.report import Event, OnProgress
 
@@ -61,6 +63,51 @@ def scored(
         return Scored(name, [result.score for result in evaluate(encoder, tasks, on_texts=tell)])
     finally:
         encoder.close()
+
+
+class ScoreLog:
+    """Scores of merged weights on the disk, so that a search that was killed goes on where it was.
+
+    `asked` tells what else a score depends on; scores of other wishes are left alone.
+
+    Raises GembError where the log is damaged.
+    """
+
+    def __init__(self, path: Path, asked: str) -> None:
+        self._journal = Journal(path)
+        self._asked = asked
+        self._scores = {
+            tuple(entry["weights"]): float(entry["score"])
+            for entry in self._journal.entries()
+            if entry["asked"] == asked
+        }
+
+    @property
+    def known(self) -> int:
+        """How many scores there are."""
+        return len(self._scores)
+
+    def score(self, weights: tuple[float, ...], compute: Callable[[tuple[float, ...]], float]) -> float:
+        """The score of the weights, computed and kept if it is not there."""
+        if weights not in self._scores:
+            score = self._scores[weights] = compute(weights)
+            self._journal.append({"asked": self._asked, "weights": weights, "score": score})
+        return self._scores[weights]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._journal.close()
+
+
+def data_digest(path: Path) -> str:
+    """What tells a data set, a file or a folder of files, from a changed one."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(f"{file.relative_to(path)}\0{file_digest(file, 'blake2b')}\0".encode())
+    return digest.hexdigest()
 
 
 def greedy(

@@ -1,7 +1,8 @@
 """Merging tensor by tensor, block by block: what is in memory does not grow with the models.
 
 Files are written as they are computed, so that no more than some blocks of rows are held; only methods that
-need the length or the angle of a tensor hold whole ones. Sums are float32.
+need the length or the angle of a tensor hold whole ones. Sums are float32. Blocks have a multiple of 16 rows,
+since torch draws random numbers in groups of 16: how large they are changes no result.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from gemb.errors import GembError, MismatchError, UnavailableError
-from gemb.files import os_errors_explained, sync_to_disk
+from gemb.files import os_errors_explained, readable_bytes, sync_to_disk
 from gemb.jobs.merge_recipe import MergeRecipe, layers_of
 from gemb.jobs.merge_sources import Tensors, full_name, is_number
 from gemb.merging.catalogue import TensorSettings
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from gemb.merging.thinning import Bounds
 
 BLOCK_ENTRIES = 1 << 22
+BLOCK_BYTES, WHOLE_BYTES = 30, 60
+"""What one entry of each model and of the base takes at work, in blocks and as a whole tensor: the most that
+was measured of any method, of float32 and bfloat16 models."""
+_ROWS_TOGETHER = 16
 _DTYPES: Mapping[str, str] = {name: short for short, name in DTYPE_NAMES.items()}
 _TABLES = re.compile(r"(embed_tokens|word_embeddings|shared|lm_head|decoder|wte)\.weight$")
 """Names of tensors that some families store twice."""
@@ -55,9 +60,11 @@ class Merge:
         self._base = base
         self._every = [*models, *([] if base is None else [base])]
         self._names = list(models[0])
+        self._block_entries = self._allowed_entries()
         layers = layers_of(self._names)
         self._check_filters()
         self._settings = {name: recipe.settings(name, layers, weights) for name in self._names}
+        self._check_memory()
         self._twins = self._tied()
         self._bounds: list[Bounds] | None = None
         self._zero_sign = 1.0
@@ -131,12 +138,11 @@ class Merge:
             yield self._same(name)
             return
         source = self._twins.get(name, name)
-        settings, method = self._settings[source], self._recipe.method
+        settings = self._settings[source]
         out = getattr(torch, DTYPE_NAMES[self._dtype(spec.dtype)])
         bounds = self._bounds_of(source, settings)
         generators = [seeded(self._recipe.seed, source, model) for model in range(len(self._models))]
-        whole = method.is_whole and not (self._recipe.merge_method == "model_stock" and settings.by_row)
-        whole = whole or (method.thinning in ("random", "rank") and settings.rescale == "norm")
+        whole = _is_whole(self._recipe, settings)
         keeps = self._recipe.merge_method != "linear" or settings.normalise
         for raw in self._blocks(source, whole=whole):
             if keeps and all(torch.equal(raw[0], other) for other in raw[1:]):
@@ -177,7 +183,8 @@ class Merge:
     def _deltas(self, tensors: Tensors, name: str) -> Iterator[Tensor]:
         if self._base is None:
             raise ValueError("deltas need a base")
-        for one, base in zip(_split(tensors.tensor(name)), _split(self._base.tensor(name)), strict=True):
+        both = (self._split(each.tensor(name)) for each in (tensors, self._base))
+        for one, base in zip(*both, strict=True):
             yield one.float() - base.float()
 
     def _blocks(self, name: str, *, whole: bool) -> Iterator[list[Tensor]]:
@@ -186,8 +193,41 @@ class Merge:
         if whole:
             yield tensors
             return
-        for blocks in zip(*(_split(tensor) for tensor in tensors), strict=True):
+        for blocks in zip(*(self._split(tensor) for tensor in tensors), strict=True):
             yield list(blocks)
+
+    def _split(self, tensor: Tensor) -> Iterator[Tensor]:
+        """The tensor in blocks of whole rows; one of fewer than two dimensions as it is."""
+        if tensor.ndim < 2:
+            yield tensor
+            return
+        rows = self._block_entries // max(1, math.prod(tensor.shape[1:]))
+        rows = max(_ROWS_TOGETHER, rows - rows % _ROWS_TOGETHER)
+        edges = [*range(0, len(tensor), rows), len(tensor)]
+        for start, stop in pairwise(edges):
+            yield tensor[start:stop]
+
+    def _allowed_entries(self) -> int:
+        """The entries of a block, so that all blocks at work stay within the recipe's memory."""
+        if self._recipe.max_memory is None:
+            return BLOCK_ENTRIES
+        return min(BLOCK_ENTRIES, int(self._recipe.max_memory * 2**30) // (BLOCK_BYTES * len(self._every)))
+
+    def _check_memory(self) -> None:
+        """Raises GembError if a tensor that is needed as a whole takes more than the recipe's memory."""
+        if self._recipe.max_memory is None:
+            return
+        whole = [name for name in self._names if _is_whole(self._recipe, self._settings[name])]
+        if not whole:
+            return
+        name = max(whole, key=lambda name: self._models[0].spec(name).elements)
+        needed = self._models[0].spec(name).elements * WHOLE_BYTES * len(self._every)
+        if needed > self._recipe.max_memory * 2**30:
+            raise GembError(
+                f"{self._recipe.merge_method} needs whole tensors, and {name} takes about "
+                f"{readable_bytes(needed)} at work, but max_memory is {self._recipe.max_memory:g} GiB; "
+                "raise it, or take a method that works in blocks, such as linear"
+            )
 
     def _same(self, name: str) -> Tensor:
         """A tensor of integers. Raises MismatchError if the models have different ones."""
@@ -256,15 +296,12 @@ class Merge:
         )
 
 
-def _split(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor in blocks of whole rows of about BLOCK_ENTRIES entries; one of fewer dimensions as it is."""
-    if tensor.ndim < 2:
-        yield tensor
-        return
-    rows = max(1, BLOCK_ENTRIES // max(1, math.prod(tensor.shape[1:])))
-    edges = [*range(0, len(tensor), rows), len(tensor)]
-    for start, stop in pairwise(edges):
-        yield tensor[start:stop]
+def _is_whole(recipe: MergeRecipe, settings: TensorSettings) -> bool:
+    """Whether a tensor is merged as a whole: its length or its angle counts."""
+    method = recipe.method
+    if method.is_whole:
+        return not (recipe.merge_method == "model_stock" and settings.by_row)
+    return method.thinning in ("random", "rank") and settings.rescale == "norm"
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -1,8 +1,11 @@
 """Whole models merged: folders in, a folder out."""
 
 import json
+import os
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -17,9 +20,11 @@ from torch import Tensor
 from gemb.engine.encoder import Encoder
 from gemb.errors import Exit, GembError, MachineError, MismatchError, UnavailableError
 from gemb.jobs.merge import MergeRecipe, plan, run
+from gemb.jobs.merge_scores import Scored, scored
 from gemb.jobs.merge_streaming import BLOCK_ENTRIES
 from gemb.merging.averages import soup
 from gemb.merging.election import elected_mean
+from gemb.merging.merged import merged
 from gemb.merging.spheres import slerp
 from gemb.model.folder import read_folder
 from gemb.recipe import load
@@ -185,6 +190,90 @@ def test_blocks_give_what_whole_tensors_give(
     assert all(torch.equal(tensor, blocks[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "della", "breadcrumbs"])
+def test_less_memory_makes_smaller_blocks_and_the_same_model(
+    method: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {} if method == "linear" else {"base_model": "base"}
+    run(recipe(models, tmp_path / "free", merge_method=method, **base))
+    sizes = []
+
+    def watching(*arguments: Any, **more: Any) -> Tensor:  # noqa: ANN401
+        sizes.append(arguments[2][0].numel())
+        return merged(*arguments, **more)
+
+    monkeypatch.setattr("gemb.merging.merged.merged", watching)
+    gib = 30 * 4 * 2000 / 2**30  # 2,000 entries of three models and a base
+    run(recipe(models, tmp_path / "little", merge_method=method, max_memory=gib, **base))
+    assert 1024 <= max(sizes) <= (2000 if base else 2000 * 4 // 3)
+    free, little = tensors(tmp_path / "free"), tensors(tmp_path / "little")
+    assert all(torch.equal(tensor, little[name]) for name, tensor in free.items())
+
+
+def test_a_tensor_that_is_needed_whole_and_does_not_fit_is_told_before_anything_is_read(
+    models: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(GembError) as caught:
+        plan(recipe(models, tmp_path / "out", merge_method="karcher", max_memory=0.001))
+    assert str(caught.value) == (
+        "karcher needs whole tensors, and embed_tokens.weight takes about 2.2 MiB at work, but max_memory is "
+        "0.001 GiB; raise it, or take a method that works in blocks, such as linear"
+    )
+    run(recipe(models, tmp_path / "out", merge_method="karcher", max_memory=0.0025))
+
+
+PEAK = """
+import json, sys, threading, time
+import torch
+from gemb.jobs.merge import MergeRecipe, run
+import gemb.jobs.merge_streaming, gemb.merging.merged, gemb.model.trainable.saving
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+def watch():
+    while not done:
+        peaks.append(anonymous())
+        time.sleep(0.002)
+settings = json.loads(sys.argv[1])
+run(MergeRecipe.model_validate_json(json.dumps({**settings, "output": settings["output"] + "-first"})))
+done, before, peaks = False, anonymous(), []
+thread = threading.Thread(target=watch)
+thread.start()
+run(MergeRecipe.model_validate_json(sys.argv[1]))
+done = True
+thread.join()
+print(max(peaks) - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the anonymous memory of a process")
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "breadcrumbs_ties"])
+def test_a_merge_stays_within_its_memory(method: str, tmp_path: Path) -> None:
+    config = {"vocab_size": 40_000}
+    tiny_folder(tmp_path / "base", "gemma3", config=config)
+    for seed, name in enumerate(["base", "a", "b", "c"]):
+        if seed:
+            shutil.copytree(tmp_path / "base", tmp_path / name)
+        table = torch.randn(40_000, 64, generator=torch.Generator().manual_seed(seed))
+        rewrite(tmp_path / name, lambda key, tensor, table=table: table if "embed" in key else tensor)  # type: ignore[misc]
+    mib: list[float] = []
+    for allowed in (None, 0.02):
+        settings = {
+            "models": [str(tmp_path / name) for name in "abc"],
+            "base_model": str(tmp_path / "base"),
+            "merge_method": method,
+            "max_memory": allowed,
+            "output": str(tmp_path / f"out-{allowed}"),
+        }
+        command = [sys.executable, "-c", PEAK, json.dumps(settings)]
+        # So that what is freed goes back to the system, and the second merge shows its own peak.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        mib.append(int(done.stdout) / 2**20)
+    assert mib[1] < 0.02 * 1024 < mib[0]
+
+
 def test_dropping_at_random_is_the_seeds_alone(models: Path, tmp_path: Path) -> None:
     settings = {"merge_method": "dare_linear", "base_model": "base", "parameters": {"density": 0.5}}
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
@@ -244,6 +333,20 @@ def test_the_folder_is_whole_and_sentence_transformers_gives_the_same_vectors(
     assert [len(one["fingerprint"]) for one in record["ingredients"]] == [64, 64, 64]
     assert record["recipe"]["merge_method"] == "linear"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_models_trained_for_a_grid_are_merged_with_a_warning(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "a", tmp_path / "trained")
+    (tmp_path / "trained/gemb.json").write_text('{"qat": {"format": "int4", "start": 0.5}}')
+    report = run(recipe(models, tmp_path / "out", str(tmp_path / "trained"), "b"))
+    told = (
+        f"{tmp_path / 'trained'} was trained for the int4 grid, and a mean of weights lies off it: "
+        "gemb quantize will cost the merged model what it costs any other"
+    )
+    assert ("note", told) in report.rows
+    assert told in (tmp_path / "out/README.md").read_text()
+    assert plan(recipe(models, tmp_path / "new", "b", str(tmp_path / "trained"))).data["notes"] == [told]
+    assert plan(recipe(models, tmp_path / "new", "a", "b")).data["notes"] == []
 
 
 def test_a_plan_writes_nothing(models: Path, tmp_path: Path) -> None:
@@ -310,6 +413,70 @@ def test_a_search_for_weights_is_bounded_and_never_worse_than_the_recipe(
     assert scores["out"] == pytest.approx(max(trial["score"] for trial in trials))
     assert scores["out"] >= trials[0]["score"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sts.jsonl"]
+
+
+class Halt(Exception):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize("choose", ["greedy", "weights"])
+def test_a_search_that_was_killed_goes_on_with_the_scores_that_it_had(
+    choose: str, models: Path, tmp_path: Path, sts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_sts(sts, models / "a")
+    settings = {"data": [data], "choose": choose, "budget": 6}
+    whole = run(recipe(models, tmp_path / "whole", **settings))
+    tried: list[str] = []
+
+    def counting(name: str, *arguments: Any) -> Scored:  # noqa: ANN401
+        if name == "a trial":
+            tried.append(name)
+            if len(tried) == halts_at:
+                raise Halt
+        return scored(name, *arguments)
+
+    monkeypatch.setattr("gemb.jobs.merge.scored", counting)
+    halts_at = 2
+    with pytest.raises(Halt):
+        run(recipe(models, tmp_path / "out", **settings))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "sts.jsonl", "whole"]
+    halts_at, tried = 0, []
+    report = run(recipe(models, tmp_path / "out", **settings))
+    searched = [trial for trial in whole.data["trials"] if trial["origin"] != "model"]  # type: ignore[attr-defined]
+    assert len(tried) == len(searched) - 1
+    assert report.data["trials"] == whole.data["trials"]
+    assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_scores_of_other_data_models_or_parameters_are_not_taken(
+    models: Path, tmp_path: Path, sts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_sts(sts, models / "a")
+    computed: list[str] = []
+
+    def counting(name: str, *arguments: Any) -> Scored:  # noqa: ANN401
+        if name == "out":
+            raise Halt
+        computed.append(name)
+        return scored(name, *arguments)
+
+    monkeypatch.setattr("gemb.jobs.merge.scored", counting)
+
+    def newly_scored(names: str = "ab", **settings: Any) -> int:  # noqa: ANN401
+        """How many merged models are evaluated by a search of one that is killed at its end."""
+        computed.clear()
+        with pytest.raises(Halt):
+            run(recipe(models, tmp_path / "out", *names, data=[data], choose="weights", budget=1, **settings))
+        return computed.count("a trial")
+
+    assert newly_scored() == 1
+    assert newly_scored() == 0
+    assert newly_scored(threads=2, max_memory=1) == 0
+    assert newly_scored("ba") == 1
+    assert newly_scored(merge_method="karcher") == 1
+    sts.write_text("".join(sts.read_text().splitlines(keepends=True)[:-1]))
+    assert newly_scored() == 1
 
 
 # --- one run --------------------
@@ -539,9 +706,32 @@ def test_an_output_that_exists_is_left_alone(models: Path, tmp_path: Path) -> No
     with pytest.raises(GembError) as caught:
         run(recipe(models, tmp_path / "out"))
     assert str(caught.value) == (
-        f"{tmp_path / 'out'} exists; choose another path for the model, or move it away"
+        f"{tmp_path / 'out'} exists; choose another path for the model, or pass --overwrite"
+    )
+    with pytest.raises(GembError) as caught:
+        run(recipe(models, tmp_path / "out"), overwrite=True)
+    assert str(caught.value) == (
+        f"{tmp_path / 'out'} is no model, so it is not overwritten; choose another path for the model"
     )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_a_model_is_overwritten_when_the_new_one_is_whole_and_not_before(
+    models: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(models / "c", tmp_path / "out")
+    planned = plan(recipe(models, tmp_path / "out", "a", "b"))
+    assert planned.rows[-1] == ("note", f"{tmp_path / 'out'} exists; the merge will need --overwrite")
+    settings = {"dtype": "float16", "weights": [1e6, 1e6], "parameters": {"normalize": False}}
+    with pytest.raises(GembError, match=r"is too large for float16"):
+        run(recipe(models, tmp_path / "out", "a", "b", **settings), overwrite=True)
+    assert_same(tensors(tmp_path / "out"), tensors(models / "c"))
+    run(recipe(models, tmp_path / "out", "a", "b"), overwrite=True)
+    assert_same(tensors(tmp_path / "out"), by_tensor(models, "ab", lambda *each: soup(each, [1, 1])))
+    # The output may be one of the models.
+    run(recipe(models, tmp_path / "out", str(tmp_path / "out"), "c", weights=[2, 1]), overwrite=True)
+    assert_same(tensors(tmp_path / "out"), by_tensor(models, "abc", lambda *each: soup(each, [1, 1, 1])))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.faults
@@ -570,8 +760,11 @@ def test_the_command_merges_and_tells_a_mistake(
     again = gemb("merge", models / "a", models / "b", "-o", tmp_path / "out")
     assert (again.code, again.out) == (2, "")
     assert again.err == (
-        f"gemb: {tmp_path / 'out'} exists; choose another path for the model, or move it away\n"
+        f"gemb: {tmp_path / 'out'} exists; choose another path for the model, or pass --overwrite\n"
     )
+    done = gemb("merge", models / "a", models / "b", "-o", tmp_path / "out", "--overwrite", "-q")
+    assert (done.code, done.err) == (0, "")
+    assert_same(tensors(tmp_path / "out"), by_tensor(models, "ab", lambda *each: soup(each, [1, 1])))
 
 
 def test_the_command_reads_a_recipe_of_mergekit(

@@ -56,20 +56,42 @@ def save_backbone(source: Path, values: Mapping[str, Tensor], target: Path, dtyp
 
 
 @contextmanager
-def appearing(target: Path) -> Iterator[Path]:
-    """An empty folder that becomes `target` when the block ends well, and goes away otherwise."""
-    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        raise GembError(f"{target} exists; choose another path for the model, or move it away")
+def appearing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """An empty folder that becomes `target` when the block ends well, and goes away otherwise.
+
+    `overwrite` lets it take the place of a model that is there, which stays until then.
+
+    Raises GembError if `target` exists and is not to be overwritten, or is no model.
+    """
+    check_absent(target, overwrite=overwrite)
     place = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    replaced = place.with_suffix(".old")
     with os_errors_explained(target):
         place.mkdir(parents=True)
         try:
             yield place
+            if overwrite and target.exists():
+                os.rename(target, replaced)  # a folder that holds something cannot be replaced at once
             os.replace(place, target)
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
+            if replaced.exists() and not target.exists():
+                os.rename(replaced, target)
             raise
+        shutil.rmtree(replaced, ignore_errors=True)
     fsync_folder(target.parent)
+
+
+def check_absent(target: Path, *, overwrite: bool = False, hint: str = "move it away") -> None:
+    """Raises GembError if something is at `target` that a model may not take the place of; `hint` ends it."""
+    if not target.is_symlink() and not target.exists():
+        return
+    if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise GembError(f"{target} exists; choose another path for the model, or {hint}")
+    if target.is_symlink() or not any((target / name).is_file() for name in ("modules.json", "config.json")):
+        raise GembError(f"{target} is no model, so it is not overwritten; choose another path for the model")
 
 
 def copy_files(source: Path, target: Path) -> None:
