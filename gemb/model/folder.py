@@ -80,6 +80,7 @@ _NOISE = frozenset({
     "initializer_range", "output_attentions", "output_hidden_states", "return_dict", "problem_type",
     "cache_implementation", "attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob",
     "classifier_dropout", "embedding_dropout", "mlp_dropout", "torchscript", "chunk_size_feed_forward",
+    "transformers.js_config",
 })  # fmt: skip
 _EMBEDDING_GEMMA_DIMS = (768, 512, 256, 128)  # EmbeddingGemma, arXiv 2509.20354, and its model card
 _EMBEDDING_GEMMA_QUERY = "task: search result | query: "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import orjson
-from torch import nn
+from torch import Tensor, nn
 
 from gemb.errors import MismatchError
 from gemb.model.families import FAMILIES, NotPacked
@@ -57,6 +57,13 @@ class WrittenGraph:
     """Whether its weights are those of the folder to the bit, so that both give the same vectors."""
 
 
+class _ReadTree(ParameterTree):
+    """The layers of a folder for reading alone: whole numbers too, as the floats that they stand for."""
+
+    def _read(self, name: str) -> Tensor:
+        return self.weights.tensor(name).float()
+
+
 def write_graph(folder: ModelFolder, path: Path, weights: WeightKind = "f32") -> WrittenGraph:
     """The graph of `folder` at `path`, with its weights in `path`_data.
 
@@ -92,8 +99,18 @@ def write_graph(folder: ModelFolder, path: Path, weights: WeightKind = "f32") ->
     return WrittenGraph((path, path.with_name(f"{path.name}_data")), writer.is_exact)
 
 
-def _backbone(folder: ModelFolder) -> tuple[GatedBackbone | BertBackbone, nn.Module]:
-    """The layers of the folder's backbone, and the module that has their parameters by name."""
+def check_graph(folder: ModelFolder) -> None:
+    """Returns if a graph can be written for what `folder` declares; no tensor is read.
+
+    Raises MismatchError if not. What only the tensors tell shows when the graph is written.
+    """
+    _build_of(folder)
+
+
+def _build_of(
+    folder: ModelFolder,
+) -> Callable[[Mapping[str, Any], ParameterTree], GatedBackbone | BertBackbone]:
+    """What makes the layers of the folder's backbone."""
     place = folder.transformer.folder / "config.json"
     if not folder.pooling.include_prompt:
         raise MismatchError(
@@ -102,18 +119,25 @@ def _backbone(folder: ModelFolder) -> tuple[GatedBackbone | BertBackbone, nn.Mod
         )
     if folder.pooling.heads is not None:
         raise MismatchError(f"{folder.path}: no ONNX graph is written for {folder.pooling.described} pooling")
-    config = {"model_type": folder.family, **folder.text_config}
-    build = _BUILDERS.get(FAMILIES.get(config["model_type"], ""))
+    model_type = folder.text_config.get("model_type", folder.family)
+    build = _BUILDERS.get(FAMILIES.get(model_type, ""))
     if build is None:
         known = sorted(name for name, file in FAMILIES.items() if file in _BUILDERS)
         raise MismatchError(
-            f"{place}: no ONNX graph is written for the model type {config['model_type']!r}; "
+            f"{place}: no ONNX graph is written for the model type {model_type!r}; "
             f"there is one for {', '.join(known)}"
         )
-    tree = nn.Module()
+    return build
+
+
+def _backbone(folder: ModelFolder) -> tuple[GatedBackbone | BertBackbone, nn.Module]:
+    """The layers of the folder's backbone, and the module that has their parameters by name."""
+    build, tree = _build_of(folder), nn.Module()
+    config = {"model_type": folder.family, **folder.text_config}
     try:
-        return build(config, ParameterTree(tree, folder.weights())), tree
+        return build(config, _ReadTree(tree, folder.weights())), tree
     except NotPacked as error:
+        place = folder.transformer.folder / "config.json"
         raise MismatchError(f"{place}: no ONNX graph is written: {error}") from error
 
 
@@ -121,7 +145,7 @@ def _layers(module: ModuleSpec, folder: ModelFolder, root: nn.Module) -> dict[st
     """The layers of a module after pooling by name, their parameters below `root`."""
     if module.settings is None:
         return {}
-    tree = ParameterTree(root, module.weights(), f"{module.folder.relative_to(folder.path).as_posix()}.")
+    tree = _ReadTree(root, module.weights(), f"{module.folder.relative_to(folder.path).as_posix()}.")
     return {name: tree.layer(name) for name in ("linear", "residual", "norm") if f"{name}.weight" in tree}
 
 
