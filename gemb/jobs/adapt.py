@@ -236,7 +236,9 @@ def _model(name: str, recipe: AdaptRecipe, on_progress: OnProgress) -> ModelFold
     def announce(line: str) -> None:
         on_progress(Event("downloading", 0, note=line))
 
-    return read_folder(find_model(name, offline=recipe.offline, announce=announce))
+    folder = read_folder(find_model(name, offline=recipe.offline, announce=announce))
+    folder.weights().plain("gemb adapt copies weights as they are")
+    return folder
 
 
 def _refuse_existing(output: Path) -> None:

@@ -11,6 +11,7 @@ from gemb.jobs.index_info import describe_index, is_index
 from gemb.model.attention import describe, is_bidirectional, reach_of_layers
 from gemb.model.folder import DenseSettings, ModelFolder, fingerprint, read_folder
 from gemb.model.hub import find_model
+from gemb.model.weights import QUANTISED
 from gemb.report import Event, OnProgress, Report, ignore
 from gemb.text.prompts import Prompts
 
@@ -65,7 +66,8 @@ def _holds_vectors(path: Path) -> bool:
 
 def _model(folder: ModelFolder, asked: str | None, would_run: dict[str, str]) -> Report:
     digest = fingerprint(folder)
-    total, table = _parameters(folder)
+    total, table, size_bytes = _parameters(folder)
+    bits = size_bytes * 8 / total
     layers = reach_of_layers(folder.text_config)
     prompts = Prompts(folder.prompts, folder.default_prompt)
     examples = {template.name: template.example() for template in prompts.all_templates()}
@@ -77,7 +79,7 @@ def _model(folder: ModelFolder, asked: str | None, would_run: dict[str, str]) ->
         ("family", _family(folder)),
         (
             "parameters",
-            f"{total:,} ({total - table:,} without the embedding table), {folder.weights().dtype}",
+            f"{total:,} ({total - table:,} without the embedding table), {_stored(folder, bits)}",
         ),
         ("size on disk", readable_bytes(size)),
         ("dims", _dims(folder)),
@@ -101,6 +103,7 @@ def _model(folder: ModelFolder, asked: str | None, would_run: dict[str, str]) ->
         "parameters": total,
         "parameters_without_embedding_table": total - table,
         "weights_dtype": folder.weights().dtype,
+        "bits_per_weight": bits,
         "size_bytes": size,
         "dims": folder.dims,
         "matryoshka_dims": list(folder.matryoshka_dims),
@@ -134,13 +137,24 @@ def _family(folder: ModelFolder) -> str:
     return f"{folder.family} ({', '.join(shape)})" if shape else folder.family
 
 
-def _parameters(folder: ModelFolder) -> tuple[int, int]:
-    """How many numbers the model has, and how many of them in the embedding table; from headers only."""
-    total = table = 0
+def _stored(folder: ModelFolder, bits: float) -> str:
+    """How the weights are stored; `bits` are those of a weight, scales included."""
+    weights = folder.weights()
+    if not weights.is_quantised:
+        return weights.dtype
+    kinds = {weights.spec(name).dtype for name in weights}
+    grids = [text for kind, text in QUANTISED.items() if kind in kinds]
+    return f"{' and '.join(grids)}, {bits:.2f} bits a weight"
+
+
+def _parameters(folder: ModelFolder) -> tuple[int, int, int]:
+    """How many numbers the model has, how many of them in the embedding table, and the bytes of all."""
+    total = table = size_bytes = 0
     for module in folder.modules:
         if not module.has_weights:
             continue
         weights = module.weights()
+        size_bytes += weights.size_bytes
         for name in weights:
             spec = weights.spec(name)
             if spec.dtype in _INTEGERS:
@@ -148,7 +162,7 @@ def _parameters(folder: ModelFolder) -> tuple[int, int]:
             total += spec.elements
             if module.kind == "transformer" and name.endswith(_TABLES):
                 table += spec.elements
-    return total, table
+    return total, table, size_bytes
 
 
 def _dims(folder: ModelFolder) -> str:
@@ -204,6 +218,8 @@ def _loads_in(folder: ModelFolder) -> str:
         return "gemb, transformers, sentence-transformers (which also assumes the pooling)"
     if folder.pooling.is_own:
         return "gemb (sentence-transformers has no such pooling), transformers (the backbone alone)"
+    if folder.weights().is_quantised:
+        return "gemb" if folder.transformer.gguf else "gemb, transformers (the backbone alone)"
     types = (folder.path / "modules.json").read_text("utf-8")
     newer = " 6" if ".base.modules." in types or ".sentence_transformer.modules." in types else ""
     return f"gemb, sentence-transformers{newer}, transformers (the backbone alone)"

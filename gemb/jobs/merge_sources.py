@@ -92,7 +92,9 @@ def full_name(part: str, name: str) -> str:
 
 def open_source(name: str, *, offline: bool, announce: Callable[[str], None]) -> Source:
     """The model that `name` means. Raises GembError as reading a model does."""
-    return Source(name, read_folder(find_model(name, offline=offline, announce=announce)))
+    folder = read_folder(find_model(name, offline=offline, announce=announce))
+    folder.weights().plain("a merge needs floats")
+    return Source(name, folder)
 
 
 def checkpoints_of(name: str, last: int, *, offline: bool) -> list[Source]:

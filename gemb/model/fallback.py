@@ -82,7 +82,8 @@ def _load(folder: ModelFolder, dtype: torch.dtype) -> Any:  # noqa: ANN401  # tr
     encoder_alone = config.is_encoder_decoder or encoder_class in (config.architectures or [])
     config.is_encoder_decoder = False
     loader = AutoModelForTextEncoding if encoder_alone else AutoModel
-    folder.weights()  # refuses pickles and damaged files with a message of its own
+    # Refuses pickles and damaged files, too, with messages of their own.
+    folder.weights().plain(f"transformers, which runs {family}, needs floats")
     with quiet():
         try:
             model, report = loader.from_pretrained(
