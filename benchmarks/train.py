@@ -165,11 +165,11 @@ class Track:
 class Process:
     """A trainer in its own process."""
 
-    def __init__(self, settings: TrainerSettings, threads: int, instructions: str) -> None:
+    def __init__(self, settings: TrainerSettings, threads: int, instructions: str, module: str) -> None:
         self.settings = settings
         self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.trainers"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -200,12 +200,14 @@ class Process:
 
 
 @contextmanager
-def started(settings: Sequence[TrainerSettings], threads: int, instructions: str) -> Iterator[list[Process]]:
+def started(
+    settings: Sequence[TrainerSettings], threads: int, instructions: str, module: str = "benchmarks.trainers"
+) -> Iterator[list[Process]]:
     """One process a trainer, its model loaded."""
     with ExitStack() as stack:
         processes = []
         for one in settings:
-            processes.append(Process(one, threads, instructions))
+            processes.append(Process(one, threads, instructions, module))
             stack.callback(processes[-1].end)
             processes[-1].ask(do="load", trainer=asdict(one))
         yield processes
@@ -213,24 +215,25 @@ def started(settings: Sequence[TrainerSettings], threads: int, instructions: str
 
 def race(
     settings: Sequence[TrainerSettings],
-    pairs: Sequence[Pair],
+    pairs: Sequence[tuple[Any, Any]],
     *,
     rounds: int,
     threads: int,
     instructions: str = "native",
+    module: str = "benchmarks.trainers",
 ) -> list[Track]:
-    """The trainers' laps over interleaved rounds, after one step of each to warm up."""
+    """The laps of the trainers of `module` over interleaved rounds, after one step of each to warm up."""
     with tempfile.TemporaryDirectory(prefix="gemb-bench-") as scratch:
         whole, part = Path(scratch) / "pairs.json", Path(scratch) / "warm-up.json"
         whole.write_text(json.dumps(list(pairs)), encoding="utf-8")
         part.write_text(json.dumps(list(pairs)[-settings[0].batch_size :]), encoding="utf-8")
-        with started(settings, threads, instructions) as processes:
+        with started(settings, threads, instructions, module) as processes:
             tracks = [Track(process.settings) for process in processes]
             for process in processes:
-                process.ask(do="train", pairs=str(part))
+                process.ask(do="train", rows=str(part))
             for _ in range(rounds):
                 for process, track in zip(processes, tracks, strict=True):
-                    track.laps.append(process.ask(do="train", pairs=str(whole)))
+                    track.laps.append(process.ask(do="train", rows=str(whole)))
             return tracks
 
 

@@ -3,7 +3,7 @@
 Each lives in a process of its own and answers JSON lines on stdin with JSON lines on stdout:
 
     {"do": "load", "trainer": {...}}   -> laps of loading
-    {"do": "train", "pairs": FILE}     -> the laps of one pass over the pairs, and the loss of each step
+    {"do": "train", "rows": FILE}      -> the laps of one pass over the rows, and the loss of each step
 
 FILE is a JSON list of [query, passage], cut into batches in its order. A pass begins with the weights that
 the last one left. What is timed is the loop: tokenising, forward, backward, clipping, AdamW.
@@ -14,10 +14,10 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ LEARNING_RATE = 1e-4
 CLIP_NORM = 1.0
 TEMPERATURE = 0.05  # sentence-transformers' scale of 20
 Pair = tuple[str, str]
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class TrainerSettings:
 class Trainer(Protocol):
     """A model in training."""
 
-    def train(self, pairs: Sequence[Pair]) -> tuple[float, float, list[float]]:
+    def train(self, pairs: Sequence[tuple[Any, Any]], /) -> tuple[float, float, list[float]]:
         """(wall seconds, processor seconds, loss of each step) of one pass over the pairs."""
         ...
 
@@ -83,7 +84,7 @@ class Gemb:
             tables=[self._encoder.table_name],
         )
         wall, cpu = time.perf_counter(), time.process_time()
-        losses = [self._step(batch) for batch in _batches(pairs, self._settings.batch_size)]
+        losses = [self._step(batch) for batch in batches_of(pairs, self._settings.batch_size)]
         return time.perf_counter() - wall, time.process_time() - cpu, losses
 
     def _step(self, pairs: Sequence[Pair]) -> float:
@@ -213,12 +214,13 @@ ENGINES: dict[str, Callable[[TrainerSettings], Trainer]] = {
 }
 
 
-def _batches(pairs: Sequence[Pair], size: int) -> Iterator[Sequence[Pair]]:
+def batches_of(pairs: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
+    """The pairs, so many at a time."""
     for first in range(0, len(pairs), size):
         yield pairs[first : first + size]
 
 
-def main() -> None:
+def serve(engines: Mapping[str, Callable[[TrainerSettings], Trainer]]) -> None:
     """Answer commands until stdin ends."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -231,11 +233,11 @@ def main() -> None:
         if command["do"] == "load":
             fields = command["trainer"]
             settings = TrainerSettings(**{**fields, "sizes": tuple(fields["sizes"])})
-            trainers.append(ENGINES[settings.engine](settings))
+            trainers.append(engines[settings.engine](settings))
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         else:
-            pairs = json.loads(Path(command["pairs"]).read_text(encoding="utf-8"))
-            wall, cpu, losses = trainers[0].train([(query, passage) for query, passage in pairs])
+            rows = json.loads(Path(command["rows"]).read_text(encoding="utf-8"))
+            wall, cpu, losses = trainers[0].train([(first, second) for first, second in rows])
         peak, anonymous = memory_bytes()
         answer = {
             "wall_seconds": wall,
@@ -249,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(ENGINES)
