@@ -1,6 +1,6 @@
 """The contestants of `pretrain`: the same token rows, loss and optimizer, by gemb and by transformers.
 
-Each lives in a process of its own and talks as those of `trainers` do. FILE is a JSON list of [source, whole]:
+Each lives in a process of its own and talks as those of `trainers` do. FILE is a list of [source, whole]:
 the token ids that the encoder reads, none for a decoder, and those that the decoder reads and predicts, each
 token from those before it. What is timed is the loop: packing or padding, forward, backward, clipping, AdamW.
 """
