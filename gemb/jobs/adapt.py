@@ -133,9 +133,7 @@ class AdaptRecipe(Recipe):
                     "give them when its encoder is taken"
                 )
         elif self.decoder is not None:
-            raise ValueError(
-                "decoder is the other half of an encoder-decoder; pass --to encoder-decoder, too"
-            )
+            raise ValueError("decoder is half of an encoder-decoder; pass --to encoder-decoder, too")
         return self
 
     def _check_pooling(self) -> None:

@@ -28,7 +28,7 @@ def planned(adaptation: EncoderDecoderAdaptation, output: Path) -> Plan:
             "model_type": adaptation.config["model_type"],
             "config": adaptation.config,
             "size_bytes": adaptation.size_bytes,
-            "cross_attention_warmup": adaptation.warm_up_steps,
+            "cross_attention_only": adaptation.warm_up_steps,
         },
     )
 
@@ -122,9 +122,8 @@ def _proved(made: EncoderDecoder) -> list[tuple[str, str]]:
 
 
 def _next(adaptation: EncoderDecoderAdaptation, output: Path) -> str:
-    warm_up = (
-        f"with cross_attention_warmup: {adaptation.warm_up_steps:,}, as what is new has to learn alone first"
-        if adaptation.warm_up_steps
-        else "as it is, the halves do not know each other"
-    )
-    return f"gemb train RECIPE -m {output}; {warm_up}"
+    """The training that comes next: what is new learns alone first, else all of it waits for noise."""
+    words = f"gemb train {adaptation.config['model_type']}/2-ul2 --model {output} -o RUN"
+    if not adaptation.warm_up_steps:
+        return f"{words}; as it is, the halves do not know each other"
+    return f"{words} --set cross_attention_only={adaptation.warm_up_steps}; new weights learn alone first"

@@ -178,7 +178,7 @@ def as_json(adaptation: EncoderDecoderAdaptation, made: EncoderDecoder) -> dict[
         "left_out": adaptation.tensors.left_out,
         "parameters": adaptation.parameters,
         "random_parameters": adaptation.random_parameters,
-        "cross_attention_warmup": adaptation.warm_up_steps,
+        "cross_attention_only": adaptation.warm_up_steps,
         "padding_token_added": made.padding_token,
         "proofs": made.proofs.as_json(),
         "seconds": {"writing": made.writing_seconds, "proofs": made.proving_seconds},
