@@ -19,7 +19,8 @@ CHUNK_NUMBERS = 1 << 24
 """Scores of a chunk, 64 MiB in fp32."""
 CHUNK_TOKENS = (64, 1024)
 """The fewest and the most tokens of a chunk; below, products are slow."""
-_PIECE_NUMBERS = 1 << 18  # 1 MiB in fp32: several passes over the scores of a piece stay in the cache
+PIECE_NUMBERS = 1 << 18
+"""Scores of a piece, 1 MiB in fp32: several passes over them stay in the cache."""
 _WIDE = (torch.float32, torch.float64)
 
 
@@ -103,7 +104,7 @@ class _HeadLoss(torch.autograd.Function):
             entered = states[rows].to(dtype)
             scores = entered @ weight.T  # [rows, V]; becomes its own gradient
             theirs = None if teacher is None else _teacher_scores(teacher, rows)
-            for piece in _slices(len(scores), max(1, _PIECE_NUMBERS // len(table))):
+            for piece in _slices(len(scores), max(1, PIECE_NUMBERS // len(table))):
                 mix = None if theirs is None or teacher is None else (theirs[piece], teacher)
                 found, right = _piece_(scores[piece], targets[rows][piece], softcap, mix)
                 sums += found
