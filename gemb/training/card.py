@@ -63,6 +63,7 @@ def write_card(folder: Path, recipe: TrainRecipe, record: Mapping[str, Any]) -> 
         f"{record['model']['name']} {done} with gemb {record['versions']['gemb']}: "
         f"{record['pairs']:,} pairs, {record['steps']:,} steps, {record['tokens']:,} tokens.",
         _usage(folder, record),
+        _qat(recipe, record),
         _scores(record),
         _data(recipe, record),
         "## Recipe",
@@ -105,6 +106,17 @@ def _python(folder: Path, output: str) -> str:
         embed, note = "encode", ""
     call = f'vectors = model.{embed}(["a first text", "a second one"])'
     return f'```python\n{load}("{output}")\n{call}\n```{note}'
+
+
+def _qat(recipe: TrainRecipe, record: Mapping[str, Any]) -> str:
+    if recipe.qat is None:
+        return ""
+    return (
+        f"Trained for the format {recipe.qat}; the scores below are those of the quantised model, but for "
+        "those before. The weights here are in full precision:\n\n"
+        f"```sh\ngemb quantize {record['output']} --format {recipe.qat.format} -o "
+        f"{record['output']}-{recipe.qat.format}\n```"
+    )
 
 
 def _scores(record: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from gemb.errors import GembError
@@ -73,15 +73,16 @@ def _planned(setup: Setup, output: Path) -> Plan:
     memory = MemoryPlanner(setup, encoder).plan()
     batch = next(iter(setup.mixture))
     began = time.monotonic()
-    found = batch_gradients(
-        encoder,
-        parameters,
-        batch,
-        loss.of(batch),
-        memory,
-        loss_parameters=loss.parameters,
-        device=setup.device.name,
-    )
+    with encoder.quantisation(recipe.qat.format).applied() if recipe.qat else nullcontext():
+        found = batch_gradients(
+            encoder,
+            parameters,
+            batch,
+            loss.of(batch),
+            memory,
+            loss_parameters=loss.parameters,
+            device=setup.device.name,
+        )
     seconds = time.monotonic() - began
     tokens_per_second = len(batch.ids) / max(seconds, 1e-9)
     steps = setup.length.steps
@@ -98,6 +99,7 @@ def _planned(setup: Setup, output: Path) -> Plan:
         ("length", f"{counted(steps, 'step')}" if steps is not None else f"{tokens:,} tokens"),
         ("batch", f"{batch.pairs:,} pairs, about {len(batch.ids):,} tokens; "
                   f"chunks of {memory.tokens_per_chunk:,}{twice}"),
+        *([("qat", f"{recipe.qat}; loss and time here are with it")] if recipe.qat else []),
         ("loss", ", ".join(f"{name} {value:.4f}" for name, value in found.terms.items())),
         ("sizes", ", ".join(map(str, setup.sizes))),
         ("time", f"about {duration(total or 0.0)}, at {tokens_per_second:,.0f} tokens/s"),

@@ -64,7 +64,7 @@ class Ranks:
             whole[torch.from_numpy(share).to(own.device)] = part[: len(share)]
         return whole
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace every gradient by its sum over the ranks; where one rank has none, it counts as zero."""
         if self.count == 1:
             return
@@ -106,7 +106,7 @@ class Ranks:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return int(flag)
 
-    def _sum_sparse(self, parameter: torch.nn.Parameter, gradient: Tensor | None) -> Tensor:
+    def _sum_sparse(self, parameter: Tensor, gradient: Tensor | None) -> Tensor:
         """The sum of sparse gradients [V, D], as the rows of all ranks one after the other, coalesced."""
         if gradient is None:
             indices = torch.zeros(0, dtype=torch.int64, device=parameter.device)

@@ -295,6 +295,20 @@ class RunRecipe(ComputeRecipe):
         return self.average if self.ema is None else EmaAverage(name="ema", decay=self.ema)
 
 
+class QatSettings(Recipe):
+    """Quantisation-aware training: the weights are seen as their export will have them (EmbeddingGemma)."""
+
+    format: Literal["int4", "int8", "mixed"]
+    """What `gemb quantize` will make of the model: int4 or int8 in blocks of 32 numbers, or mixed, the third
+    format of the paper: attention in int8 and all else in int4, with one scale a row."""
+    start: float = Field(default=0.5, ge=0, lt=1)
+    """Share of the run that goes before it; not published, half of the run is ours."""
+
+    def __str__(self) -> str:
+        """`int4 from 50 % of the run on`."""
+        return f"{self.format} from {self.start:.0%} of the run on".replace("%", " %")
+
+
 class TrainRecipe(RunRecipe):
     """What `gemb train` is asked to do with pairs of texts."""
 
@@ -311,6 +325,9 @@ class TrainRecipe(RunRecipe):
     """The terms of the loss, added up; each is logged apart."""
     matryoshka: MatryoshkaSettings = MatryoshkaSettings()
     """Widths to which the vectors may be cut later."""
+    qat: QatSettings | None = None
+    """Train for an integer format; by default for floats. Scores after the first step are those of the
+    quantised model, and the folder keeps the weights in full precision."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """What is measured before, during and after."""
 

@@ -37,9 +37,11 @@ def record_of(
 
         share = share_of(means.get("after", {}), means.get("teacher", {}))
         taught = {"teacher": {"name": setup.teaching.name, "dims": setup.teaching.dims, "share": share}}
+    qat = setup.recipe.qat
     return {
         **setup.request,
         **taught,
+        **({} if qat is None else {"qat": {"format": qat.format, "start": qat.start}}),
         "output": str(setup.folder.output),
         "device": setup.device.line,
         "ranks": setup.ranks.count,
@@ -82,6 +84,8 @@ def make_report(setup: Setup, record: Mapping[str, Any]) -> Report:
         rows.append(("loss", f"{record['first_loss']:.4f} -> {record['last_loss']:.4f} in this run"))
     if record["bad_steps"]:
         rows.append(("left out", f"{record['bad_steps']:,} steps whose loss or gradient was not finite"))
+    if setup.recipe.qat is not None:
+        rows.append(("qat", f"{setup.recipe.qat}; scores are those of the quantised model"))
     rows += _left_out(record["counts"])
     rows += [("verdict", str(one)) for one in shown_verdicts(record)]
     rows += [(name, f"{before:.3f} -> {after:.3f}") for name, before, after in not_compared(record)]

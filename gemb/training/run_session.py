@@ -295,14 +295,15 @@ class RunSession(ABC, Generic[S, M, B]):
         file = self.setup.folder.baseline
         if not self.setup.ranks.is_first:
             return None
-        if file.is_file():
-            return from_json(read_json(file))
-        measured = self._measure()
-        if measured is not None:
-            write_json(file, as_json(measured))
-            if self.training.metrics is not None:
-                self._log(measured)
-                self.training.progress.metrics_bytes = self.training.metrics.position
+        measured = from_json(read_json(file)) if file.is_file() else self._measure()
+        if measured is None:
+            return None
+        write_json(file, as_json(measured))
+        progress = self.training.progress
+        # Also where a run was killed before its first checkpoint, whose metrics begin anew.
+        if self.training.metrics is not None and progress.step == 0:
+            self._log(measured)
+            progress.metrics_bytes = self.training.metrics.position
         return measured
 
     def _evaluate(self, step: int) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,13 @@ import torch
 from gemb.device import free_memory_bytes
 from gemb.files import read_json, write_json
 from gemb.model.trainable import TrainableEncoder
+from gemb.model.trainable.quantised import FakeQuantisation
 from gemb.report import Report
 from gemb.training.batches import TrainingBatch
 from gemb.training.gradients import EmbeddingGradients, MemoryPlan, graph_bytes, plan_memory
 from gemb.training.held_out import Measured
 from gemb.training.loop import Batches, Computation, total_parameters
+from gemb.training.qat import QuantisedGradients
 from gemb.training.recipe import MatchingTerm
 from gemb.training.record import make_report, record_of
 from gemb.training.run_session import (
@@ -42,12 +45,16 @@ _USUAL_CHUNK_ELSEWHERE = 32768
 _UNKNOWN_MEMORY = 4 * 2**30  # where nobody can tell what is free
 _MEMORY_SHARE = 0.5
 """Of the free memory, for the graphs of a batch; the rest is for gradients, optimizer and the loss."""
+_QAT_BYTES = 9
+"""Of a weight under quantisation: what stands in for it, the gradient of that, and where it passes on."""
 
 
 class Session(RunSession[Setup, TrainableEncoder, TrainingBatch]):
     """The training of a `Setup`."""
 
     _loss: Loss
+    _quantisation: FakeQuantisation | None
+    """Of a run that trains for an integer format."""
 
     def __init__(self, setup: Setup, watch: Watch) -> None:
         super().__init__(setup, watch)
@@ -57,6 +64,8 @@ class Session(RunSession[Setup, TrainableEncoder, TrainingBatch]):
     def _load(self) -> TrainableEncoder:
         encoder = load_encoder(self.setup)
         self._loss = make_loss(self.setup, encoder)
+        qat = self.setup.recipe.qat
+        self._quantisation = None if qat is None else encoder.quantisation(qat.format)
         return encoder
 
     def _table_name(self) -> str:
@@ -67,7 +76,15 @@ class Session(RunSession[Setup, TrainableEncoder, TrainingBatch]):
         for member in self.setup.mixture.members:
             loss.check_kind(member.name, "scored" if member.prepared.shape == "scored" else "pairs")
         parameters = [parameter for _, parameter in named]
-        return EmbeddingGradients(self.model, parameters, loss, self.setup.device.name, self.setup.ranks)
+        plain = EmbeddingGradients(self.model, parameters, loss, self.setup.device.name, self.setup.ranks)
+        if self._quantisation is None:
+            return plain
+        return QuantisedGradients(plain, self._quantisation, self._is_quantised)
+
+    def _is_quantised(self) -> bool:
+        """Whether the step at hand sees the quantised weights."""
+        qat, progress = self.setup.recipe.qat, self.training.progress
+        return qat is not None and self.setup.length.share(progress.step, progress.tokens) >= qat.start
 
     def _batches(self) -> Batches[TrainingBatch]:
         return self.setup.mixture
@@ -85,8 +102,15 @@ class Session(RunSession[Setup, TrainableEncoder, TrainingBatch]):
     def _measured(self) -> Measured:
         if self.setup.evaluation is None:
             raise ValueError("nothing is evaluated")
-        chunk = self.training.progress.plan.tokens_per_chunk
-        return self.setup.evaluation.measure(self.model, self.setup.device.name, chunk)
+        progress = self.training.progress
+        # The first model is measured as it was given; all later ones as they will be exported, before the
+        # start of the quantisation, too, so that scores within a run compare.
+        is_exported = self._quantisation is not None and progress.step > 0
+        seen = self._quantisation.applied() if self._quantisation and is_exported else nullcontext()
+        with torch.no_grad(), seen:
+            return self.setup.evaluation.measure(
+                self.model, self.setup.device.name, progress.plan.tokens_per_chunk
+            )
 
     def _about(self) -> str:
         """How many negatives a query sees."""
@@ -170,11 +194,12 @@ class MemoryPlanner:
             budget = int(batch.memory_gib * 2**30)
         else:
             free = free_memory_bytes(device.name) or _UNKNOWN_MEMORY
-            budget = int(max(0, free - STATE_BYTES * total_parameters(parameters)) * _MEMORY_SHARE)
+            each = STATE_BYTES + (0 if setup.recipe.qat is None else _QAT_BYTES)
+            budget = int(max(0, free - each * total_parameters(parameters)) * _MEMORY_SHARE)
         lengths = np.full(4, longest, np.int32)
-        each = graph_bytes(self._encoder, parameters, lengths, device=device.name)
+        graph = graph_bytes(self._encoder, parameters, lengths, device=device.name)
         usual = _USUAL_CHUNK.get(device.kind, _USUAL_CHUNK_ELSEWHERE)
-        plan = plan_memory(each / int(lengths.sum()), budget, longest, setup.recipe.batch_tokens, usual)
+        plan = plan_memory(graph / int(lengths.sum()), budget, longest, setup.recipe.batch_tokens, usual)
         ranks = setup.ranks
         return MemoryPlan(ranks.smallest(plan.tokens_per_chunk), ranks.smallest(plan.tokens_with_graph))
 
