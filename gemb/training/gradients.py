@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -117,7 +117,7 @@ def chunks(lengths: NDArray[np.int32], tokens_per_chunk: int) -> list[NDArray[np
 
 def batch_gradients(
     encoder: PackedEncoder,
-    parameters: Sequence[nn.Parameter],
+    parameters: Sequence[Tensor],
     batch: TrainingBatch,
     loss_of: LossFunction,
     plan: MemoryPlan,
@@ -190,6 +190,9 @@ class EmbeddingGradients:
     loss: LossOfVectors
     device: str = "cpu"
     ranks: Ranks = field(default_factory=Ranks)
+    standing_in: Callable[[], AbstractContextManager[Sequence[Tensor]]] = lambda: nullcontext(())
+    """What the encoder computes with in place of parameters for one batch, at which their gradients are left
+    until the block ends."""
 
     def __call__(self, batch: TrainingBatch, step: int) -> Callable[[MemoryPlan, threading.Event], Gradients]:
         """The computation of a batch; every step does the same."""
@@ -197,17 +200,18 @@ class EmbeddingGradients:
         loss_of = self.loss.of(batch)
 
         def compute(plan: MemoryPlan, stop: threading.Event) -> Gradients:
-            found = batch_gradients(
-                self.encoder,
-                self.parameters,
-                batch,
-                loss_of,
-                plan,
-                loss_parameters=self.loss.parameters,
-                device=self.device,
-                ranks=self.ranks,
-                stop=stop,
-            )
+            with self.standing_in() as stand_ins:
+                found = batch_gradients(
+                    self.encoder,
+                    [*self.parameters, *stand_ins],
+                    batch,
+                    loss_of,
+                    plan,
+                    loss_parameters=self.loss.parameters,
+                    device=self.device,
+                    ranks=self.ranks,
+                    stop=stop,
+                )
             return replace(found, counts=loss_of.counts)
 
         return compute
@@ -215,7 +219,7 @@ class EmbeddingGradients:
 
 def graph_bytes(
     encoder: PackedEncoder,
-    parameters: Sequence[nn.Parameter],
+    parameters: Sequence[Tensor],
     lengths: NDArray[np.int32],
     token: int = 0,
     device: str = "cpu",
@@ -228,9 +232,7 @@ def graph_bytes(
     return saved_bytes(lambda: encoder(ids, lengths, np.zeros_like(lengths)), parameters, device)
 
 
-def saved_bytes(
-    forward: Callable[[], object], parameters: Sequence[nn.Parameter], device: str = "cpu"
-) -> int:
+def saved_bytes(forward: Callable[[], object], parameters: Sequence[Tensor], device: str = "cpu") -> int:
     """Bytes that autograd keeps for the backward pass of `forward`, parameters left out."""
     ours = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     sizes: dict[int, int] = {}

@@ -34,6 +34,10 @@ class Trainable(Protocol):
         """All of them, trained or not."""
         ...
 
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The same by name."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """The weights by name."""
         ...
@@ -371,7 +375,7 @@ class Training(Generic[B]):
                 self.metrics.sync()
             tensors, layout = flatten_state(self.optimizer.state_dict())
             files = {
-                "weights": self.model.state_dict(),
+                "weights": self._changing_weights(),
                 "optimizer": tensors,
                 "random": RandomState.of(self.device).tensors(),
             }
@@ -388,13 +392,19 @@ class Training(Generic[B]):
         The progress is that of the caller, who opens the data and the metrics where it says.
         """
         state = self.checkpoints.state(step)
-        self.model.load_state_dict(self.checkpoints.tensors(step, "weights"))
+        saved = self.checkpoints.tensors(step, "weights")
+        self.model.load_state_dict({**self.model.state_dict(), **saved})
         tensors = self.checkpoints.tensors(step, "optimizer")
         self.optimizer.load_state_dict(restore_state(tensors, state["optimizer"]))
         if self.average is not None:
             self.average.load_state_dict(self.checkpoints.tensors(step, "average"))
         random = self.checkpoints.tensors(step, "random")
         RandomState.from_tensors(random, self.device).restore()
+
+    def _changing_weights(self) -> dict[str, Any]:
+        """The weights without those that are frozen: these stay what the first model has."""
+        frozen = {name for name, one in self.model.named_parameters() if not one.requires_grad}
+        return {name: one for name, one in self.model.state_dict().items() if name not in frozen}
 
     def _clear(self) -> None:
         for parameter in self.parameters:

@@ -19,7 +19,13 @@ from gemb.training.loop import total_parameters
 from gemb.training.ranks import Ranks
 from gemb.training.recipe import TrainRecipe
 from gemb.training.run_folder import RunFolder
-from gemb.training.session import MemoryPlanner, load_encoder, make_loss, trained_parameters
+from gemb.training.session import (
+    MemoryPlanner,
+    load_encoder,
+    make_loss,
+    trainable_names,
+    trained_parameters,
+)
 from gemb.training.setup import Material, Setup, prepare
 from gemb.training.teaching import OpenTeacher
 
@@ -68,12 +74,12 @@ def _planned(setup: Setup, output: Path) -> Plan:
     recipe = setup.recipe
     encoder = load_encoder(setup)
     loss = make_loss(setup, encoder)
-    trained = trained_parameters(encoder, recipe.freeze)
+    trained = trained_parameters(encoder, recipe.freeze, trainable_names(encoder, recipe))
     parameters = [parameter for _, parameter in trained]
     memory = MemoryPlanner(setup, encoder).plan()
     batch = next(iter(setup.mixture))
     began = time.monotonic()
-    with encoder.quantisation(recipe.qat.format).applied() if recipe.qat else nullcontext():
+    with encoder.quantisation(recipe.qat.format).applied() if recipe.qat else nullcontext(), encoder.summed():
         found = batch_gradients(
             encoder,
             parameters,
@@ -89,7 +95,7 @@ def _planned(setup: Setup, output: Path) -> Plan:
     tokens = setup.length.tokens if steps is None else steps * len(batch.ids)
     total = tokens / tokens_per_second if tokens is not None else None
     numbers = total_parameters(encoder.parameters())
-    checkpoint_bytes = 4 * (numbers + 2 * total_parameters(parameters))
+    checkpoint_bytes = 4 * 3 * total_parameters(parameters)
     needed = checkpoint_bytes * (recipe.checkpoint.keep + 1) + 4 * numbers
     twice = ", each text encoded twice" if found.encoded_twice else ""
     rows = [

@@ -222,6 +222,18 @@ class CheckpointSettings(Recipe):
     """Leave the checkpoints in OUTPUT/run when the run is done."""
 
 
+class LowRankSettings(Recipe):
+    """Low-rank training (LoRA, arXiv 2106.09685)."""
+
+    rank: int = Field(default=8, ge=1)
+    """Rank of what is added to a matrix; the fewer, the less is trained and kept."""
+    alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False)
+    """What is added is multiplied with alpha / rank, as in peft."""
+    targets: tuple[str, ...] = ("*",)
+    """Matrices by patterns of their names such as `*q_proj.weight`; by default all of attention,
+    feed-forwards and projections."""
+
+
 class EmaAverage(Recipe):
     """The exponential average of the weights of all steps."""
 
@@ -330,6 +342,8 @@ class TrainRecipe(RunRecipe):
     quantised model, and the folder keeps the weights in full precision."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """What is measured before, during and after."""
+    lora: LowRankSettings | None = None
+    """Train a sum of low rank beside each matrix, and nothing else; the model that is saved is the sum."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -105,7 +105,7 @@ class RunSession(ABC, Generic[S, M, B]):
     def open(self) -> None:
         """Put the parts together, go back to the last checkpoint, and measure what was not measured yet."""
         setup, recipe = self.setup, self.setup.recipe
-        named = trained_parameters(self.model, recipe.freeze)
+        named = trained_parameters(self.model, recipe.freeze, self._only())
         learn = self._learn(named)
         checkpoints = Checkpoints(setup.folder.checkpoints, keep=recipe.checkpoint.keep)
         steps = checkpoints.steps()
@@ -242,6 +242,10 @@ class RunSession(ABC, Generic[S, M, B]):
     def _save(self, target: Path, record: Mapping[str, Any]) -> None:
         """Write the model folder."""
 
+    def _only(self) -> Collection[str] | None:
+        """The names of the parameters that may be trained at all; None where all may."""
+        return None
+
     def _before_the_first_step(self) -> None:
         """What else has to be known by then."""
 
@@ -339,13 +343,15 @@ class RunSession(ABC, Generic[S, M, B]):
             write_page(self.setup.folder.run, self.setup.model_name, verdicts)
 
 
-def trained_parameters(model: nn.Module, patterns: Iterable[str]) -> NamedParameters:
-    """The parameters that are trained, by name; those that match a pattern are frozen.
+def trained_parameters(
+    model: nn.Module, patterns: Iterable[str], only: Collection[str] | None = None
+) -> NamedParameters:
+    """The parameters that are trained, by name; those that match a pattern, or are not in `only`, are frozen.
 
     Raises GembError for a pattern that matches none, and if all are frozen.
     """
     names = [name for name, _ in model.named_parameters()]
-    frozen: set[str] = set()
+    frozen: set[str] = set() if only is None else set(names).difference(only)
     for pattern in patterns:
         matching = fnmatch.filter(names, pattern)
         if not matching:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import torch
 from gemb.device import free_memory_bytes
 from gemb.files import read_json, write_json
 from gemb.model.trainable import TrainableEncoder
+from gemb.model.trainable.parameters import UPDATE
 from gemb.model.trainable.quantised import FakeQuantisation
 from gemb.report import Report
 from gemb.training.batches import TrainingBatch
@@ -20,7 +21,7 @@ from gemb.training.gradients import EmbeddingGradients, MemoryPlan, graph_bytes,
 from gemb.training.held_out import Measured
 from gemb.training.loop import Batches, Computation, total_parameters
 from gemb.training.qat import QuantisedGradients
-from gemb.training.recipe import MatchingTerm
+from gemb.training.recipe import MatchingTerm, TrainRecipe
 from gemb.training.record import make_report, record_of
 from gemb.training.run_session import (
     STATE_BYTES,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryPlanner", "Session", "load_encoder", "make_loss", "trained_parameters"]
 
+_TO_TEACHER = "to_teacher"
 _USUAL_CHUNK = {"cpu": 4096}
 _USUAL_CHUNK_ELSEWHERE = 32768
 _UNKNOWN_MEMORY = 4 * 2**30  # where nobody can tell what is free
@@ -76,10 +78,15 @@ class Session(RunSession[Setup, TrainableEncoder, TrainingBatch]):
         for member in self.setup.mixture.members:
             loss.check_kind(member.name, "scored" if member.prepared.shape == "scored" else "pairs")
         parameters = [parameter for _, parameter in named]
-        plain = EmbeddingGradients(self.model, parameters, loss, self.setup.device.name, self.setup.ranks)
+        plain = EmbeddingGradients(
+            self.model, parameters, loss, self.setup.device.name, self.setup.ranks, self.model.summed
+        )
         if self._quantisation is None:
             return plain
         return QuantisedGradients(plain, self._quantisation, self._is_quantised)
+
+    def _only(self) -> Collection[str] | None:
+        return trainable_names(self.model, self.setup.recipe)
 
     def _is_quantised(self) -> bool:
         """Whether the step at hand sees the quantised weights."""
@@ -197,7 +204,8 @@ class MemoryPlanner:
             each = STATE_BYTES + (0 if setup.recipe.qat is None else _QAT_BYTES)
             budget = int(max(0, free - each * total_parameters(parameters)) * _MEMORY_SHARE)
         lengths = np.full(4, longest, np.int32)
-        graph = graph_bytes(self._encoder, parameters, lengths, device=device.name)
+        with self._encoder.summed() as sums:
+            graph = graph_bytes(self._encoder, [*parameters, *sums], lengths, device=device.name)
         usual = _USUAL_CHUNK.get(device.kind, _USUAL_CHUNK_ELSEWHERE)
         plan = plan_memory(graph / int(lengths.sum()), budget, longest, setup.recipe.batch_tokens, usual)
         ranks = setup.ranks
@@ -206,12 +214,23 @@ class MemoryPlanner:
 
 def load_encoder(setup: Setup) -> TrainableEncoder:
     """The trainable model of a setup, on its device."""
-    return TrainableEncoder.load(
+    encoder = TrainableEncoder.load(
         setup.model,
         device=setup.device.name,
         precision=setup.device.precision,
         dropout=setup.recipe.dropout,
     )
+    if (lora := setup.recipe.lora) is not None:
+        encoder.train_low_rank(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=setup.recipe.seed)
+    return encoder
+
+
+def trainable_names(encoder: TrainableEncoder, recipe: TrainRecipe) -> Collection[str] | None:
+    """The parameters that a recipe leaves to be trained: with lora its own, and a map to a teacher."""
+    if recipe.lora is None:
+        return None
+    return [name for name, _ in encoder.named_parameters()
+            if f".{UPDATE}." in name or name.startswith(f"{_TO_TEACHER}.")]  # fmt: skip
 
 
 def make_loss(setup: Setup, encoder: TrainableEncoder) -> Loss:
@@ -223,7 +242,7 @@ def make_loss(setup: Setup, encoder: TrainableEncoder) -> Loss:
     projection = None
     if teaching is not None and any(isinstance(term, MatchingTerm) and term.projection for term in terms):
         projection = new_projection(encoder.dims, teaching.dims, setup.recipe.seed).to(setup.device.name)
-        encoder.add_module("to_teacher", projection)
+        encoder.add_module(_TO_TEACHER, projection)
 
     def asked(source: Teaching | None) -> Teacher | None:
         if source is None:

@@ -324,6 +324,30 @@ def test_the_model_may_be_the_mean_of_the_last_weights_that_were_kept(place: Pat
     assert same(tmp_path / "stopped", tmp_path / "out")
 
 
+def test_low_rank_training_merges_keeps_small_checkpoints_and_goes_on_to_the_bit(
+    place: Path, tmp_path: Path
+) -> None:
+    lora = ('lora={rank: 2, targets: ["*q_proj*", "*mlp*"]}', "ema=null", "checkpoint.keep_after=true")
+    report = trained(place, tmp_path / "out", *lora)
+    before, after = weights(place / "base"), weights(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "q_proj" in name or "mlp" in name}
+    for name in changed:
+        assert int(torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-4)) == 2
+    for file in ("weights", "optimizer"):
+        kept = load_file(tmp_path / f"out/run/checkpoints/step-00000007/{file}.safetensors")
+        sizes = [one.numel() for one in kept.values() if one.ndim == 2]
+        assert sizes
+        assert max(sizes) == 2 * 96  # rank times the wider side
+    assert report.data["recipe"]["lora.rank"] == 2  # type: ignore[index]
+    stopped(place, tmp_path / "stopped", *lora, after=5)
+    trained(place, tmp_path / "stopped", *lora)
+    assert same(tmp_path / "stopped", tmp_path / "out")
+    planned = plan(load(place / "r.yaml", TrainRecipe, lora, {"output": tmp_path / "plan"}))
+    trained_numbers = 4 * 2 * (64 + 64 + 3 * (96 + 64))
+    assert dict(planned.rows)["model"].endswith(f" parameters, {trained_numbers:,} trained")
+
+
 def test_ema_is_short_for_an_average(whole: tuple[Report, Path], place: Path, tmp_path: Path) -> None:
     trained(place, tmp_path / "out", "ema=null", "average={name: ema, decay: 0.9}")
     assert same(tmp_path / "out", whole[1])

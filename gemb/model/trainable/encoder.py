@@ -1,6 +1,7 @@
 """A model folder ready to be trained: packed token ids in, vectors with a graph out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,7 +19,8 @@ from gemb.model.layout import Layout
 from gemb.model.pooling import tensor_names, with_tensors
 from gemb.model.trainable import bert, gated
 from gemb.model.trainable.blocks import Computation, Recompute, TrainableBackbone
-from gemb.model.trainable.parameters import ParameterTree, Tensors
+from gemb.model.trainable.low_rank import add_low_rank, summed
+from gemb.model.trainable.parameters import UPDATE, ParameterTree, Tensors
 from gemb.model.trainable.pooling import pool, pool_by_attention
 from gemb.model.trainable.quantised import FakeQuantisation
 from gemb.model.trainable.saving import SavedDtype, save_folder
@@ -128,8 +130,33 @@ class TrainableEncoder(nn.Module):
 
         Raises MismatchError if the format cannot hold them.
         """
-        layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, Tensors)}
-        return FakeQuantisation(layers, self._backbone.table, weight_format, self._backbone.fuse)
+        return FakeQuantisation(self._layers(), self._backbone.table, weight_format, self._backbone.fuse)
+
+    def train_low_rank(
+        self, *, rank: int, alpha: float, targets: Sequence[str] = ("*",), seed: int = 0
+    ) -> None:
+        """Train sums of low rank in place of the matrices that match `targets`; all else stays as it is.
+
+        Raises MismatchError as `add_low_rank` does.
+        """
+        add_low_rank(self._layers(), targets, rank=rank, alpha=alpha, seed=seed)
+        self.requires_grad_(False)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(f".{UPDATE}." in name)
+
+    @contextmanager
+    def summed(self) -> Iterator[list[Tensor]]:
+        """Sums of low rank are made once for the block; gives what their gradients are left at.
+
+        Where the weights are quantised they are made already.
+        """
+        layers = [
+            layer for layer in self._layers().values() if UPDATE in layer._modules and layer.stand_in is None
+        ]
+        with summed(layers) as sums:
+            if layers:
+                self._backbone.fuse()
+            yield sums
 
     def save(self, target: Path, *, dtype: SavedDtype = "float32") -> None:
         """A whole folder at `target`: that of `folder` with the weights as they are now.
@@ -138,9 +165,15 @@ class TrainableEncoder(nn.Module):
         `target` appears at once or not at all. Raises GembError if it exists or cannot be written.
         """
         values = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        for name, layer in self._layers().items():
+            if UPDATE in layer._modules:
+                values[f"{name}.{layer.names[0]}"] = layer.matrix.detach()
         save_folder(
             self.folder, {place: _below(values, at) for place, at in self._trees.items()}, target, dtype
         )
+
+    def _layers(self) -> dict[str, Tensors]:
+        return {name: layer for name, layer in self.named_modules() if isinstance(layer, Tensors)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and conversions of torch, after which parameters lie together again."""

@@ -14,6 +14,9 @@ from gemb.model.trainable.functions import stacked
 from gemb.model.weights import DTYPE_NAMES, Weights
 from gemb.quantization.grids import Grid
 
+UPDATE = "low_rank"
+"""The module below a layer that gives what is added to its weight, where there is one."""
+
 
 class Tensors(nn.Module):
     """Weight and bias of one layer; what is computed with them stands elsewhere.
@@ -34,7 +37,8 @@ class Tensors(nn.Module):
         if self.stand_in is not None:
             return self.stand_in
         weight: Tensor = getattr(self, self.names[0])
-        return weight
+        update = self._modules.get(UPDATE)
+        return weight if update is None else weight + update()
 
     @property
     def has_weight(self) -> bool:
