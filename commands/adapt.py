@@ -35,6 +35,7 @@ def adapt(
     keep_vocab: Annotated[str | None, option(AdaptRecipe, "keep_vocab", metavar="FILE")] = None,
     vocabulary: Annotated[int | None, option(AdaptRecipe, "vocabulary")] = None,
     seed: Annotated[int | None, option(AdaptRecipe, "seed")] = None,
+    max_memory: Annotated[float | None, option(AdaptRecipe, "max_memory", metavar="GIB")] = None,
     offline: Annotated[bool | None, option(AdaptRecipe, "offline")] = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
@@ -68,6 +69,7 @@ def adapt(
         "keep_vocab": keep_vocab,
         "vocabulary": vocabulary,
         "seed": seed,
+        "max_memory": max_memory,
         "offline": offline,
     }
     wanted = recipes.load(recipe, AdaptRecipe, set_ or (), given)

@@ -90,6 +90,9 @@ class AdaptRecipe(Recipe):
     """Of the tokens of these texts so many stay, the most frequent ones; by default all of them."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """What the random weights of new layers follow from."""
+    max_memory: float | None = Field(default=None, gt=0)
+    """GiB that the proofs may take, all weights in fp32; a larger model is proved layer by layer. By default
+    what is free."""
     offline: bool = False
     """Never open a connection; a model that is not on this machine is an error."""
 
@@ -215,7 +218,8 @@ def run(recipe: AdaptRecipe, on_progress: OnProgress = ignore) -> Report:
     on_progress(
         Event("adapting", 0, note=f"writing {readable_bytes(adaptation.size_bytes)}, then the proofs")
     )
-    adapted = write_adaptation(adaptation, output, about=about)
+    memory_bytes = None if recipe.max_memory is None else int(recipe.max_memory * 2**30)
+    adapted = write_adaptation(adaptation, output, about=about, memory_bytes=memory_bytes)
     return _report(adaptation, adapted, output)
 
 
@@ -350,6 +354,7 @@ def _report(adaptation: Adaptation, adapted: Adapted, output: Path) -> Report:
         ("", f"padding moves a state by {proofs.padding_difference:.0e} of the largest at most"),
         ("", f"saved and loaded again, the states are the same (difference {proofs.saved_difference:g})"),
         ("", f"gemb's own encoder gives them, too (difference {proofs.gemb_difference:.0e})"),
+        *([("", "each layer alone, since the model is larger than the memory")] if proofs.by_layer else []),
         ("took", f"{adapted.writing_seconds:.1f} s to write, {adapted.proving_seconds:.1f} s to prove"),
         ("next", f"gemb train RECIPE -m {output}; as it is, the vectors are of little use"),
     ]

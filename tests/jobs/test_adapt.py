@@ -152,6 +152,18 @@ def test_the_command_adapts_and_refuses_to_write_twice(
         assert again.err == f"gemb: {output} exists; choose another path for the model, or move it away\n"
 
 
+def test_the_command_proves_a_model_larger_than_the_memory_layer_by_layer(
+    gemb: Callable[..., Finished], models: Path, tmp_path: Path
+) -> None:
+    words = ["adapt", models / "decoder", "-o", tmp_path / "out", "--max-memory", "0.00001"]
+    done = gemb(*words)
+    assert done.code == 0, done.err
+    assert "each layer alone, since the model is larger than the memory" in " ".join(done.err.split())
+    proofs = json.loads((tmp_path / "out" / "adapt_report.json").read_text())["proofs"]
+    assert proofs["by_layer"] is True
+    assert len(proofs["reaches"]) == 4
+
+
 @pytest.mark.parametrize("mode", ["attention-query", "attention-kv"])
 def test_an_attention_pooling_is_adapted_trained_and_embedded_with(
     gemb: Callable[..., Finished], mode: str, models: Path, tmp_path: Path

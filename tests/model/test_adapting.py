@@ -1,6 +1,7 @@
 """Decoders as encoders: the same weights, the states that transformers gives, and what is refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from gemb.errors import GateError, GembError, MachineError, MismatchError, UnavailableError
 from gemb.model.adapting import REPORT, Adapted, Wanted, key_maps, plan, proofs, write
-from gemb.model.attention import CAUSAL, FULL, Reach
+from gemb.model.attention import CAUSAL, FULL, Reach, reach_of_layers
 from gemb.model.encoder import PackedEncoder
 from gemb.model.folder import read_folder
 from gemb.model.kernels import Kernels
@@ -485,7 +486,121 @@ sys.exit("the limit holds nothing")
     (tmp_path / "out" / "model.safetensors").unlink()
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A decoder of 105 MB in bfloat16, in shards of 41 MB at most, the head in one of its own."""
+    folder = tmp_path_factory.mktemp("large")
+    config = transformers.LlamaConfig(
+        vocab_size=52_000,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=7,
+        num_attention_heads=6,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = transformers.LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="41MB")
+    _write_tokenizer(folder, 0, special=True)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_model_larger_than_the_allowed_memory_is_adapted_and_proved(large: Path, tmp_path: Path) -> None:
+    # RLIMIT_DATA counts what a process makes, not the files that it reads, and all that threads set aside for
+    # their allocations, of which there is less with one arena. A first adaptation loads the code.
+    program = """
+import resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from gemb.errors import GateError
+from gemb.model.adapting import Wanted, plan, write
+from gemb.model.folder import read_folder
+small, large, out = map(Path, sys.argv[1:4])
+allowed = int(sys.argv[4])
+write(plan(read_folder(small), Wanted()), out / "small", memory_bytes=1)
+adaptation = plan(read_folder(large), Wanted())
+started = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (started + allowed,) * 2)
+adapted = write(adaptation, out / "large", memory_bytes=allowed)
+print(adapted.proofs.by_layer, len(adapted.proofs.reaches), adapted.proofs.source_difference)
+try:
+    write(adaptation, out / "whole", memory_bytes=1 << 40)
+except (MemoryError, RuntimeError, GateError) as error:
+    print("whole:", type(error).__name__)
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc")
+    shards = [file.stat().st_size for file in large.glob("*.safetensors")]
+    allowed = int(1.5 * max(shards))
+    assert len(shards) == 3
+    needed = plan(read_folder(large), Wanted()).size_bytes
+    assert allowed < needed < sum(shards)
+    small = decoder(tmp_path / "source", "llama")
+    words = [str(small), str(large), str(tmp_path), str(allowed)]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["True 7 0.0", "whole: RuntimeError"]
+    shutil.rmtree(tmp_path / "large")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_proved_alone_say_what_the_whole_says(family: str, made: Made, tmp_path: Path) -> None:
+    texts, wanted = random_texts([40, 90]), Wanted(keep_layers=(0, 1, 3))
+    adaptation = plan(read_folder(made(family)[0]), wanted, texts=texts)
+    whole, layers = (
+        write(adaptation, tmp_path / name, memory_bytes=memory).proofs
+        for name, memory in (("whole", 1 << 40), ("layers", 1))
+    )
+    assert (whole.by_layer, layers.by_layer) == (False, True)
+    for name in ("source_difference", "class_difference", "implementations", "reaches", "saved_difference"):
+        assert getattr(whole, name) == getattr(layers, name)
+    assert max(layers.padding_difference, layers.gemb_difference) < 1e-6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["layers", "whole"]
+
+
 # --- what fails keeps nothing
+
+
+def test_a_swapped_tensor_of_one_layer_is_told_with_the_layer(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = key_maps._renumbered
+
+    def swapped(name: str, keep_layers: tuple[int, ...]) -> str:
+        other = name.replace("up_proj", "x").replace("gate_proj", "up_proj").replace("x", "gate_proj")
+        return right(other if name.startswith("layers.2.") else name, keep_layers)
+
+    monkeypatch.setattr(key_maps, "_renumbered", swapped)
+    adaptation = plan(read_folder(made("llama")[0]), Wanted())
+    told = "a proof failed: of layer 2 alone, with the causal mask kept, its states are not the source's"
+    with pytest.raises(GateError, match=told):
+        write(adaptation, tmp_path / "out", memory_bytes=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_window_of_one_layer_is_told_with_the_layer(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adaptation = plan(read_folder(made("gemma3_text")[0]), Wanted())
+
+    def narrower(config: Mapping[str, Any]) -> Any:  # noqa: ANN401
+        reaches = reach_of_layers(config)
+        return tuple(reach if reach == FULL else Reach(3, 3) for reach in reaches or ())
+
+    monkeypatch.setattr(proofs, "reach_of_layers", narrower)
+    with pytest.raises(GateError) as told:
+        write(adaptation, tmp_path / "out", memory_bytes=1)
+    assert "of layer 0 alone, layer 0 sees window ±4, but config.json says window ±3" in str(told.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_swapped_tensor_is_seen_and_nothing_is_kept(

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemb.device import free_memory_bytes
 from gemb.errors import GateError, GembError, MismatchError
 from gemb.files import check_writable, write_json
-from gemb.model.adapting.folder import Pooling, pooling_of, write_modules, write_tokenizer_files
-from gemb.model.adapting.key_maps import TensorMap, adapted_config, family_of, map_tensors, text_config
+from gemb.model.adapting.folder import (
+    Pooling,
+    check_vocabulary,
+    pooling_of,
+    write_modules,
+    write_tokenizer_files,
+)
+from gemb.model.adapting.key_maps import (
+    TensorMap,
+    adapted_config,
+    family_of,
+    is_encoder_decoder,
+    map_tensors,
+    text_config,
+)
 from gemb.model.adapting.streaming import SHARD_BYTES, write_pieces
 from gemb.model.folder import ModelFolder, PoolingSettings
 from gemb.model.pruned import check_layers, vocabulary_for
 from gemb.model.vocabulary import CutVocabulary
-from gemb.text.tokenisation import Tokeniser
 
 if TYPE_CHECKING:
     from gemb.model.adapting.proofs import Proofs
@@ -24,6 +38,7 @@ if TYPE_CHECKING:
 REPORT = "adapt_report.json"
 DEFAULT_TOKENS = 2048
 """EmbeddingGemma's longest text (arXiv 2509.20354, section 2)."""
+_FP32_BYTES = 4
 _BESIDE_BYTES = 64 << 20
 """What configs, tokenizer and the copy that a proof saves need besides."""
 
@@ -73,6 +88,11 @@ class Adaptation:
         """Of all tensors of the backbone."""
         return sum(origin.piece.size_bytes for origin in self.tensors.origins)
 
+    @property
+    def proving_bytes(self) -> int:
+        """Of memory, to prove it whole: a model beside another in fp32."""
+        return 2 * _FP32_BYTES * sum(math.prod(origin.piece.shape) for origin in self.tensors.origins)
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -113,10 +133,7 @@ def plan(
         check_layers(source, kept, int(whole["num_hidden_layers"]))
     cut = None
     if texts is None:
-        tokeniser = Tokeniser.load(
-            source.tokenizer_folder, max_tokens=DEFAULT_TOKENS, lower_case=source.do_lower_case
-        )
-        tokeniser.check_vocabulary(int(whole["vocab_size"]))
+        check_vocabulary(source, int(whole["vocab_size"]))
     else:
         prompted = replace(source, prompts=wanted.prompts, default_prompt=wanted.default_prompt)
         cut = vocabulary_for(prompted, texts, int(whole["vocab_size"]), largest)
@@ -146,13 +163,18 @@ def write(
     *,
     about: Mapping[str, object] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    memory_bytes: int | None = None,
 ) -> Adapted:
     """Write the folder `target` and prove it; `about` goes into adapt_report.json with what was seen.
+
+    Where the whole model does not fit into `memory_bytes` (None: what is free), a decoder is proved layer by
+    layer.
 
     Raises GateError for a proof that fails, GembError if `target` exists, MachineError without space for it;
     then nothing is left there.
     """
     from gemb.model.adapting.proofs import prove
+    from gemb.model.adapting.slices import prove_by_layer
     from gemb.model.trainable.saving import appearing
 
     wanted, source = adaptation.wanted, adaptation.source
@@ -177,8 +199,9 @@ def write(
         padding = write_tokenizer_files(source, place, max_tokens=adaptation.max_tokens, cut=adaptation.cut)
         written = time.monotonic()
         kept_ids = None if adaptation.cut is None else adaptation.cut.kept
+        fits = adaptation.proving_bytes <= (memory_bytes or free_memory_bytes("cpu") or math.inf)
         try:
-            proofs = prove(
+            proofs = (prove if fits or is_encoder_decoder(source) else prove_by_layer)(
                 place,
                 source,
                 adaptation.kind,

@@ -65,6 +65,8 @@ class Proofs:
     """The longest text for which `source_difference` holds, where the source has other windows; else None."""
     difference_beyond: float | None = None
     """To the source for a longer text, then."""
+    by_layer: bool = False
+    """Whether each layer was proved alone, see `gemb.model.adapting.slices`; a difference is the largest."""
 
     def as_json(self) -> dict[str, object]:
         """For adapt_report.json."""
@@ -86,17 +88,36 @@ def prove(
     the old ids of a cut vocabulary, by new id.
     Raises GateError for the first that fails.
     """
-    adapted = read_folder(folder)
-    config = dict(adapted.config)
+    return prove_folder(
+        read_folder(folder),
+        partial(source_model, source, keep_layers),
+        kind,
+        causal=causal,
+        kept_ids=kept_ids,
+        of_encoder_decoder=is_encoder_decoder(source),
+    )
+
+
+def prove_folder(
+    adapted: ModelFolder,
+    load_source: Callable[[], Any],
+    kind: str,
+    *,
+    causal: bool,
+    kept_ids: Sequence[int] | None = None,
+    of_encoder_decoder: bool = False,
+) -> Proofs:
+    """The proofs of `adapted` beside what `load_source` gives, with the layers of `adapted`; see `prove`."""
+    config, folder = dict(adapted.config), adapted.transformer.folder
     reaches = reach_of_layers(config)
     ids = probe_ids(int(config["vocab_size"]), TOKENS)
     before = ids if kept_ids is None else torch.tensor(kept_ids)[ids]
     if reaches and is_bidirectional(reaches) is causal:
         raise GateError(f"config.json makes it {'bidirectional' if causal else 'causal'}")
     with torch.inference_mode(), quiet():
-        reference = source_model(source, keep_layers)
+        reference = load_source()
         class_difference = None
-        if is_encoder_decoder(source):
+        if of_encoder_decoder:
             beside = compared(load_encoder(folder), reference, kept_ids=kept_ids)
             del reference
             what = "its states are not those of the source's encoder"
@@ -123,12 +144,15 @@ def prove(
         states = states_of(model, ids)
         with tempfile.TemporaryDirectory(prefix=".gemb-", dir=folder.parent) as again:
             model.save_pretrained(again)
-            saved_difference = difference_of(states_of(load_encoder(Path(again)), ids), states)
+            del model  # one model at a time
+            model = load_encoder(Path(again))
+            saved_difference = difference_of(states_of(model, ids), states)
         check_difference(saved_difference, 0.0, "saved and loaded again, its states are others")
-        gemb_difference = difference_of(_own_states(adapted, ids), states)
-        check_difference(gemb_difference, OTHER_ORDER, "gemb's own encoder gives other states")
     with quiet():
         measured = measured_reaches(model, reaches)
+    del model
+    gemb_difference = difference_of(_own_states(adapted, ids), states)
+    check_difference(gemb_difference, OTHER_ORDER, "gemb's own encoder gives other states")
     return Proofs(
         beside.difference,
         class_difference,
@@ -295,6 +319,7 @@ def seen_by_implementation(
             second = states_of(model, padded_beside(changed, side)[0], mask)[:1, place]
             ways.add(bool((first[0, 0] != second[0, 0]).any()))
             largest = max(largest, difference_of(first, expected))
+        del model  # before the next is loaded
         seen[name] = {frozenset({True}): "bidirectional", frozenset({False}): "causal"}.get(
             frozenset(ways), "bidirectional in some batches and causal in others"
         )
