@@ -29,6 +29,7 @@ def quantize(
     format: Annotated[str | None, option(QuantizeRecipe, "format")] = None,
     grid: Annotated[str | None, option(QuantizeRecipe, "grid")] = None,
     gguf: Annotated[str | None, option(QuantizeRecipe, "gguf")] = None,
+    onnx: Annotated[str | None, option(QuantizeRecipe, "onnx")] = None,
     eval: Annotated[list[str] | None, option(QuantizeRecipe, "eval", metavar="DATA")] = None,
     max_drop: Annotated[float | None, option(QuantizeRecipe, "max_drop")] = None,
     device: Annotated[str | None, option(QuantizeRecipe, "device")] = None,
@@ -42,11 +43,13 @@ def quantize(
     quiet: QuietOption = False,
     verbose: VerboseOption = 0,
 ) -> None:
-    """Quantise a model, or write it as GGUF, and compare it with its source.
+    """Quantise a model, or write it as GGUF or ONNX, and compare it with its source.
 
     Example: gemb quantize runs/encoder -o encoder-int8 --format int8
 
     For llama.cpp: gemb quantize runs/encoder -o encoder.gguf --gguf q8_0
+
+    For browsers: gemb quantize runs/encoder -o encoder-onnx --onnx int8
     """
     from gemb.jobs import quantize as job
 

@@ -37,6 +37,7 @@ from gemb.files import (
 )
 from gemb.jobs.quantize_exports import Export, Format, GgufType, gguf_export, packed_export, plain_export
 from gemb.jobs.quantize_gate import Gate, measure
+from gemb.jobs.quantize_onnx import OnnxWeights, check_onnx, with_graph
 from gemb.jobs.record import versions
 from gemb.model.folder import ModelFolder, fingerprint, read_folder
 from gemb.model.grid_weights import GGUF_FILE
@@ -50,6 +51,7 @@ __all__ = ["QuantizeRecipe", "plan", "run"]
 VERSION = 1
 """Of the gemb.json in an exported folder."""
 _DEFAULT: Format = "int8"
+_WEIGHT_SUFFIXES = frozenset({".safetensors", ".gguf", ".onnx", ".onnx_data"})
 
 
 class QuantizeRecipe(Recipe):
@@ -68,6 +70,9 @@ class QuantizeRecipe(Recipe):
     """The grid of `unquantized`; by default the one that the model was trained for, or int4."""
     gguf: GgufType | None = None
     """Write one GGUF file of this type for llama.cpp and what is built on it, instead of a folder."""
+    onnx: OnnxWeights | None = None
+    """Put an ONNX graph with weights of this kind into the folder, for onnxruntime, transformers.js, TEI and
+    fastembed; the folder's own weights are the same numbers."""
     eval: tuple[RecipeInput, ...] = ()
     """Data sets as of `gemb eval` on which export and source are compared."""
     max_drop: float | None = Field(default=None, ge=0)
@@ -173,6 +178,10 @@ def _check_choices(recipe: QuantizeRecipe, output: Path) -> None:
         raise GembError(
             f"format {recipe.format} gives a folder and gguf {recipe.gguf} a file; give one of them"
         )
+    if recipe.onnx is not None:
+        if recipe.gguf is not None:
+            raise GembError("onnx gives a folder and gguf a file; give one of them")
+        check_onnx(recipe.onnx, recipe.format)
     if recipe.grid is not None and recipe.format != "unquantized":
         raise GembError(f"grid {recipe.grid} is that of --format unquantized, which is not given")
     if recipe.gguf is not None and output.suffix != ".gguf":
@@ -186,6 +195,9 @@ def _check_choices(recipe: QuantizeRecipe, output: Path) -> None:
 
 def _export(recipe: QuantizeRecipe, source: ModelFolder, trained_for: str | None) -> Export:
     """The export that the recipe asks for."""
+    if recipe.onnx is not None:
+        without = recipe.model_copy(update={"onnx": None, "format": recipe.onnx})
+        return with_graph(_export(without, source, trained_for), source, recipe.onnx)
     wanted = recipe.format or _DEFAULT
     if recipe.gguf is not None:
         return gguf_export(source, None, recipe.gguf)
@@ -261,9 +273,15 @@ def _write(setup: _Setup, place: Path, on_progress: OnProgress) -> None:
 
 def _measured(setup: _Setup, folder: Path, name: str, on_progress: OnProgress) -> Any:  # noqa: ANN401
     recipe = setup.recipe
+    runs_graph = recipe.onnx is not None and folder != setup.source.path
     with stdout_guarded():
         encoder = Encoder.load(
-            folder, device=recipe.device, threads=recipe.threads, precision="fp32", offline=True
+            folder,
+            device="cpu" if runs_graph else recipe.device,
+            threads=recipe.threads,
+            precision="fp32",
+            offline=True,
+            engine="onnx" if runs_graph else "torch",
         )
     with closing(encoder):
         return measure(encoder, name, setup.tasks, on_progress)
@@ -320,7 +338,7 @@ def _report(setup: _Setup, gate: Gate, identity: str, place: Path, seconds: floa
 
 
 def _weight_files(place: Path) -> list[Path]:
-    return sorted(file for file in place.rglob("*") if file.suffix in {".safetensors", ".gguf"})
+    return sorted(file for file in place.rglob("*") if file.suffix in _WEIGHT_SUFFIXES)
 
 
 def _checksum(file: Path, setup: _Setup, place: Path) -> dict[str, object]:
