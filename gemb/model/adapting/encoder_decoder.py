@@ -19,11 +19,10 @@ from gemb.model.adapting.encoder_decoder_maps import (
     encoder_decoder_config,
     map_halves,
 )
-from gemb.model.adapting.folder import write_tokenizer_files
+from gemb.model.adapting.folder import check_vocabulary, write_tokenizer_files
 from gemb.model.adapting.key_maps import TensorMap, adapted_config
 from gemb.model.adapting.streaming import SHARD_BYTES, write_pieces
 from gemb.model.folder import ModelFolder
-from gemb.text.tokenisation import Tokeniser
 
 if TYPE_CHECKING:
     from gemb.model.adapting.encoder_decoder_proofs import EncoderDecoderProofs
@@ -95,8 +94,7 @@ def plan(
     # Its encoder is to be taken out again: a window that the encoder's class cannot have is refused now.
     adapted_config(source, causal=False, keep_layers=(), dropout=0.0, cut=None)
     config = encoder_decoder_config(pair, dropout=dropout)
-    tokeniser = Tokeniser.load(source.tokenizer_folder, max_tokens=source.max_tokens)
-    tokeniser.check_vocabulary(int(config["decoder"]["vocab_size"]))
+    check_vocabulary(source, int(config["decoder"]["vocab_size"]))
     return EncoderDecoderAdaptation(pair, config, map_halves(pair, config, seed=seed))
 
 

@@ -19,6 +19,7 @@ from gemb.files import atomic_write, os_errors_explained, read_json, write_json
 from gemb.model.folder import OWN_POOLING_TYPE, ModelFolder, PoolingMode, PoolingSettings
 from gemb.model.pruned import write_tokenizer
 from gemb.model.vocabulary import CutVocabulary
+from gemb.text.tokenisation import Tokeniser
 
 Pooling: TypeAlias = PoolingMode
 
@@ -193,6 +194,19 @@ def _save(tensors: dict[str, NDArray[np.float32]], place: Path) -> None:
 
     with os_errors_explained(place):
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+
+
+def check_vocabulary(source: ModelFolder, rows: int) -> None:
+    """Makes sure that the tokenizer has no entries beyond a table of `rows` rows.
+
+    It is read as JSON where it is that: a tokenizer to work with would keep nine times its file in memory.
+    Raises MismatchError if it has, UnavailableError and GembError if it cannot be loaded.
+    """
+    folder = source.tokenizer_folder
+    file = folder / "tokenizer.json"
+    entries = read_json(file).get("model", {}).get("vocab") if file.is_file() else None
+    if entries is None or len(entries) > rows:
+        Tokeniser.load(folder, max_tokens=source.max_tokens).check_vocabulary(rows)
 
 
 def write_tokenizer_files(
