@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -58,19 +59,21 @@ class Metrics:
         os.close(self._descriptor)
 
 
-def tensorboard(folder: Path) -> Callable[[Mapping[str, object]], None]:
-    """Writes the lines it is given to `folder` for TensorBoard.
+@contextmanager
+def tensorboard(folder: Path, step: int) -> Iterator[Callable[[Mapping[str, object]], None]]:
+    """What writes the lines it is given to `folder` for TensorBoard, after `step` steps of the run.
 
-    Raises GembError if the package is not installed.
+    Later steps of a run that was killed are hidden. Raises GembError if the package is not installed.
     """
     try:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError as error:
         raise GembError(
-            "tensorboard is asked for, but the package is not installed: pip install tensorboard; "
+            "tensorboard is asked for, but the package is not installed: pip install 'gemb[train]'; "
             "run/metrics.jsonl and run/report.html need none"
         ) from error
-    writer = SummaryWriter(str(folder))
+    # Events of this step and later ones are of a run that did not get to save them.
+    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(values: Mapping[str, object]) -> None:
         for name, value in values.items():
@@ -78,7 +81,10 @@ def tensorboard(folder: Path) -> Callable[[Mapping[str, object]], None]:
                 writer.add_scalar(name, value, values["step"])
         writer.flush()
 
-    return write
+    try:
+        yield write
+    finally:
+        writer.close()
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

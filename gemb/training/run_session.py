@@ -116,7 +116,10 @@ class RunSession(ABC, Generic[S, M, B]):
         self.average = _average_of(recipe.averaging, named)
         metrics = None
         if setup.ranks.is_first:
-            also = tensorboard(setup.folder.tensorboard) if recipe.tensorboard else None
+            also = None
+            if recipe.tensorboard:
+                events = tensorboard(setup.folder.tensorboard, progress.step)
+                also = self._opened.enter_context(events)
             metrics = self._opened.enter_context(Metrics(setup.folder.metrics, progress.metrics_bytes, also))
         self.training = Training(
             model=self.model,

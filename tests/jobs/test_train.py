@@ -348,6 +348,42 @@ def test_low_rank_training_merges_keeps_small_checkpoints_and_goes_on_to_the_bit
     assert dict(planned.rows)["model"].endswith(f" parameters, {trained_numbers:,} trained")
 
 
+def test_tensorboard_has_every_step_once_also_after_a_kill(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class Gone(Exception):
+        """The process is no more."""
+
+    def on_progress(event: Event) -> None:
+        if event.stage == "training" and event.done == 5:
+            raise Gone
+
+    wish = ["tensorboard=true"]
+    with pytest.raises(Gone):
+        run(load(place / "r.yaml", TrainRecipe, wish, {"output": tmp_path / "out"}), on_progress)
+    run(load(place / "r.yaml", TrainRecipe, wish, {"output": tmp_path / "out"}))
+    events = EventAccumulator(str(tmp_path / "out/run/tensorboard"))
+    events.Reload()
+    lines = [line for line in metrics(tmp_path / "out") if "loss" in line]
+    found = events.Scalars("loss/contrastive@32")
+    assert [event.step for event in found] == [line["step"] for line in lines] == list(range(1, 8))
+    assert [event.value for event in found] == pytest.approx([line["loss/contrastive@32"] for line in lines])
+    assert "eval/held-out/nDCG@10" in events.Tags()["scalars"]
+
+
+def test_tensorboard_without_its_package_is_told_with_the_pip_line(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
+    with pytest.raises(GembError) as caught:
+        trained(place, tmp_path / "out", "tensorboard=true")
+    assert str(caught.value) == (
+        "tensorboard is asked for, but the package is not installed: pip install 'gemb[train]'; "
+        "run/metrics.jsonl and run/report.html need none"
+    )
+
+
 def test_ema_is_short_for_an_average(whole: tuple[Report, Path], place: Path, tmp_path: Path) -> None:
     trained(place, tmp_path / "out", "ema=null", "average={name: ema, decay: 0.9}")
     assert same(tmp_path / "out", whole[1])
