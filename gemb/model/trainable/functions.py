@@ -620,6 +620,8 @@ class AttentionSettings:
     softcap: float | None = None
     norm: Norm | None = None
     """Of queries and keys, where they have gains."""
+    dropout: float = 0.0
+    """Share of the attention weights that is left out; which ones is drawn from torch's random numbers."""
 
 
 class _Heads:
@@ -699,14 +701,16 @@ class _PackedAttention(torch.autograd.Function):
         heads = _Heads(raw, query_gain, key_gain, settings, turns)
         mixed = raw.new_empty(len(raw), settings.heads, settings.channels)
         sums: list[Tensor] = []
-        if raw.is_cuda:
+        ctx.draws = _Draws.new(raw.device, settings.dropout)
+        draws = ctx.draws.again()
+        if raw.is_cuda and not settings.dropout:
             mixed = attend(
                 heads.queries, heads.keys, heads.values, layout, settings.reach, settings.softcap
             ).view_as(mixed)
         else:
             for group in layout.groups:
                 q, k, v = (_texts(part, group) for part in (heads.queries, heads.keys, heads.values))
-                out, logarithms = _mix(q, k, v, settings)
+                out, logarithms = _mix(q, k, v, settings, draws)
                 _texts(mixed, group).copy_(out)
                 sums += logarithms
         ctx.save_for_backward(raw, query_gain, key_gain, heads.factors, turns, mixed, *sums)
@@ -723,7 +727,8 @@ class _PackedAttention(torch.autograd.Function):
         queries, keys, values = heads.queries, heads.keys, heads.values
         grad = grad.view_as(mixed)
         grad_raw, into = heads.room()
-        if raw.is_cuda:
+        draws = ctx.draws.again()
+        if raw.is_cuda and not settings.dropout:
             run = _differentiable(lambda q, k, v: attend(q, k, v, layout, settings.reach, settings.softcap))
             for place, one in zip(into, run(grad.flatten(1), queries, keys, values), strict=True):
                 place.copy_(one)
@@ -733,7 +738,7 @@ class _PackedAttention(torch.autograd.Function):
                 one_grad, q, k, v, out = (
                     _texts(part, group) for part in (grad, queries, keys, values, mixed)
                 )
-                found = _mix_backward(one_grad, q, k, v, out, remaining, settings)
+                found = _mix_backward(one_grad, q, k, v, out, remaining, settings, draws)
                 for place, one in zip(into, found, strict=True):
                     _texts(place, group).copy_(one)
         grad_query, grad_key = heads.backward(into[0], into[1], grad_raw)
@@ -775,8 +780,10 @@ class _SourceAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
         settings: AttentionSettings = ctx.settings
-        raw, source, query_gain, key_gain, *factors, turns, mixed = ctx.saved_tensors[:8]
-        sums = iter(ctx.saved_tensors[8:])
+        # All at once: where a layer is computed again, what was kept is handed out once only.
+        kept = ctx.saved_tensors
+        raw, source, query_gain, key_gain, *factors, turns, mixed = kept[:8]
+        sums = iter(kept[8:])
         own, other = _own_and_source(raw, source, query_gain, key_gain, settings, turns, factors)
         grad = grad.view_as(mixed)
         grad_raw, into = own.room()
@@ -943,7 +950,39 @@ def _band(queries: int, keys: int, offset: int, left: int, right: int, dtype: to
     return torch.zeros(queries, keys, dtype=dtype).masked_fill_((j < i - left) | (j > i + right), -torch.inf)
 
 
-def _mix(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> tuple[Tensor, list[Tensor]]:
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """Which attention weights are left out; drawn anew in the backward pass, in the same order."""
+
+    device: torch.device
+    rate: float
+    seed: int
+    generator: torch.Generator | None = None
+
+    @classmethod
+    def new(cls, device: torch.device, rate: float) -> "_Draws":
+        """Draws that follow from torch's random numbers, of which one is taken if any are needed."""
+        return cls(device, rate, int(torch.randint(2**63 - 1, ()).item()) if rate else 0)
+
+    def again(self) -> "_Draws":
+        """The same draws from their beginning."""
+        generator = torch.Generator(self.device).manual_seed(self.seed) if self.rate else None
+        return replace(self, generator=generator)
+
+    def factors(self, like: Tensor) -> Tensor | None:
+        """What the next weights are multiplied with: 0, or 1 / (1 - rate); None where all stay."""
+        if self.generator is None:
+            return None
+        keep = 1 - self.rate
+        return torch.empty_like(like).bernoulli_(keep, generator=self.generator).div_(keep)
+
+
+_NO_DRAWS = _Draws(torch.device("cpu"), 0.0, 0)
+
+
+def _mix(
+    q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, draws: _Draws = _NO_DRAWS
+) -> tuple[Tensor, list[Tensor]]:
     """Mixed values[N, H, L, C] of texts of one length; keys may be more or fewer than queries.
 
     Also the logarithms of the sums of exponentials of each block, for the backward pass.
@@ -955,7 +994,7 @@ def _mix(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> tuple[
             flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
             out, logarithms = flash(*parts, 0.0, block.is_causal, attn_mask=block.mask, scale=1.0)
         else:
-            out, logarithms = _plain(parts, block.mask, settings.softcap)
+            out, logarithms = _plain(parts, block.mask, settings.softcap, draws)
         outs.append(_unfolded(out, settings.heads) if _folds(block) else out)
         sums.append(logarithms)
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2), sums
@@ -969,6 +1008,7 @@ def _mix_backward(
     out: Tensor,
     sums: Iterator[Tensor],
     settings: AttentionSettings,
+    draws: _Draws = _NO_DRAWS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values of `_mix`; takes its blocks' `sums` one by one."""
     blocks = _blocks(q, settings)
@@ -983,7 +1023,7 @@ def _mix_backward(
         else:
             parts = (one_q, one_k, one_v)
             grad_q, *grads = _plain_backward(
-                one_grad, parts, one_out, next(sums), block.mask, settings.softcap
+                one_grad, parts, one_out, next(sums), block.mask, settings.softcap, draws
             )
         if _folds(block):
             grad_q = _unfolded(grad_q, settings.heads)
@@ -1034,16 +1074,21 @@ def _parted(total: Tensor, q: Tensor, settings: AttentionSettings) -> Iterator[T
 
 
 def _is_fused(q: Tensor, settings: AttentionSettings) -> bool:
-    """Whether torch's fused operator of the CPU computes it: it knows no capped scores."""
-    return settings.softcap is None and q.device.type == "cpu"
+    """Whether torch's fused operator of the CPU computes it: it knows no capped scores and no dropout."""
+    return settings.softcap is None and not settings.dropout and q.device.type == "cpu"
 
 
-def _plain(parts: Sequence[Tensor], mask: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor]:
+def _plain(
+    parts: Sequence[Tensor], mask: Tensor | None, softcap: float | None, draws: _Draws
+) -> tuple[Tensor, Tensor]:
     """(mixed values[N, H, L, C], logarithms[N, H, L] of the sums) of q[N, H, L, C], k and v[N, H, S, C]."""
     q, k, v = parts
     scores, _ = _scores(q, k, mask, softcap)
     sums = scores.logsumexp(-1)
-    return scores.sub_(sums[..., None]).exp_().to(v.dtype) @ v, sums
+    shares = scores.sub_(sums[..., None]).exp_()
+    if (factors := draws.factors(shares)) is not None:
+        shares.mul_(factors)
+    return shares.to(v.dtype) @ v, sums
 
 
 def _plain_backward(
@@ -1053,13 +1098,18 @@ def _plain_backward(
     sums: Tensor,
     mask: Tensor | None,
     softcap: float | None,
+    draws: _Draws,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values of `_plain`."""
     q, k, v = parts
     scores, slope = _scores(q, k, mask, softcap, needs_slope=True)
     shares = scores.sub_(sums[..., None]).exp_()
-    grad_v = shares.to(v.dtype).transpose(-1, -2) @ grad
+    factors = draws.factors(shares)
+    kept = shares if factors is None else shares * factors
+    grad_v = kept.to(v.dtype).transpose(-1, -2) @ grad
     grad_scores = _wide(grad @ v.transpose(-1, -2))
+    if factors is not None:
+        grad_scores = grad_scores.mul_(factors)
     grad_scores.sub_((grad * out).sum(-1, keepdim=True, dtype=grad_scores.dtype)).mul_(shares)
     if slope is not None:
         grad_scores.mul_(slope)

@@ -171,9 +171,14 @@ class TrainableLanguageModel(nn.Module):
         `target` appears at once or not at all. Raises GembError if it exists or cannot be written.
         """
         values = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        values |= {copy: values[name] for copy, name in self._copies().items()}
+        # A file cannot hold two names of one memory.
+        values |= {copy: values[name].clone() for copy, name in self._copies().items()}
         if (self.folder / "modules.json").exists():
-            save_folder(read_folder(self.folder), {self._place: values}, target, dtype)
+            folder = read_folder(self.folder)
+            as_they_are: dict[Path, Mapping[str, Tensor]] = {
+                module.folder: {} for module in folder.modules if module.has_weights
+            }
+            save_folder(folder, {**as_they_are, self._place: values}, target, dtype)
         else:
             save_backbone(self.folder, values, target, dtype)
 
