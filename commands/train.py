@@ -1,4 +1,4 @@
-"""`gemb train`: pairs in, a fine-tuned encoder out."""
+"""`gemb train`: pairs in, a fine-tuned encoder out; or texts in, a pretrained language model out."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from gemb import recipe as recipes
-from gemb.jobs.train import TrainRecipe
+from gemb.errors import GembError
+from gemb.jobs.train import PretrainRecipe, TrainRecipe
 from gemb.report import progress
 
 from ._options import (
@@ -58,17 +59,22 @@ def train(
     quiet: QuietOption = False,
     verbose: VerboseOption = 0,
 ) -> None:
-    """Fine-tune an encoder on pairs of texts, resumable.
+    """Fine-tune an encoder on pairs of texts, or pretrain a language model on texts, resumable.
 
     Example: gemb train quickstart -o runs/first
 
-    The same command again goes on where it was stopped.
+    The same command again goes on where it was stopped. A recipe with an objective pretrains.
     """
     from gemb.jobs import train as job
 
-    wanted = recipes.load(
-        recipe, TrainRecipe, [*(changes or ()), *(set_ or ())], given(TrainRecipe, locals())
+    wanted = recipes.load_one_of(
+        recipe, job.recipe_for, [*(changes or ()), *(set_ or ())], given(TrainRecipe, locals())
     )
+    if isinstance(wanted, PretrainRecipe):
+        if check or search is not None:
+            raise GembError("--check and --search are for recipes of pairs; this one has an objective")
+        _pretrain(wanted, dry_run=dry_run, overwrite=overwrite, json=json, quiet=quiet, verbose=verbose)
+        return
     if search is not None:
         _search(wanted, search, dry_run=dry_run, overwrite=overwrite, json=json, quiet=quiet, verbose=verbose)
         return
@@ -81,6 +87,15 @@ def train(
     with progress(quiet=quiet, json=json, verbose=verbose) as on_progress:
         report = job.run(wanted, on_progress, overwrite=overwrite)
     show(report, json=json, quiet=quiet)
+
+
+def _pretrain(
+    wanted: PretrainRecipe, *, dry_run: bool, overwrite: bool, json: bool, quiet: bool, verbose: int
+) -> None:
+    """Train a language model on texts."""
+    from gemb.jobs import pretrain as job
+
+    plan_or_run(job, wanted, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose, overwrite=overwrite)
 
 
 def _search(

@@ -14,12 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from gemb.errors import UnavailableError
 from gemb.files import atomic_write, os_errors_explained, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DOCSTRINGS = "docstrings"
 HELD_OUT = "docstrings-held-out"
@@ -93,16 +96,21 @@ def docstring_pairs(library: Path) -> Iterator[tuple[str, str, str]]:
     from gemb.jobs.demo import docstrings
 
     for found in docstrings(library):
-        digest = blake2b(found.text.encode(), digest_size=4).digest()
-        name = HELD_OUT if int.from_bytes(digest, "big") % 10 < _HELD_OUT_TENTHS else DOCSTRINGS
+        name = data_set_of(found.text)
         summary, _, body = found.text.partition("\n\n")
-        words = _words_of(found.name)
+        words = words_of(found.name)
         yield name, words, found.text[:_LONGEST]
         if len(body.strip()) >= 40:
             yield name, " ".join(summary.split()), f"{words}: {body.strip()}"[:_LONGEST]
 
 
-def _words_of(name: str) -> str:
+def data_set_of(text: str) -> str:
+    """On which side a docstring is; equal ones are on the same."""
+    digest = blake2b(text.encode(), digest_size=4).digest()
+    return HELD_OUT if int.from_bytes(digest, "big") % 10 < _HELD_OUT_TENTHS else DOCSTRINGS
+
+
+def words_of(name: str) -> str:
     """`json decoder JSON Decoder raw decode` for json.decoder.JSONDecoder.raw_decode."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
     return " ".join(re.sub(r"[._#]+", " ", spaced).split())
@@ -114,46 +122,12 @@ def write_tiny_gemma3(folder: Path, texts: Iterator[str], seed: int) -> None:
     2.3 M parameters, of which half are the table; mean pooling, unit length. The same texts and seed give
     the same folder.
     """
-    import torch
     from safetensors.torch import save_file
 
     with os_errors_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    entries = _write_tokenizer(folder, texts)
-    generator = torch.Generator().manual_seed(seed)
-    heads, head = _CONFIG["num_attention_heads"], _CONFIG["head_dim"]
-    inner = _CONFIG["intermediate_size"]
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (entries, _WIDTH), "norm.weight": (_WIDTH,)}
-    for layer in range(_CONFIG["num_hidden_layers"]):
-        shapes |= {
-            f"layers.{layer}.{name}.weight": shape
-            for name, shape in {
-                "self_attn.q_proj": (heads * head, _WIDTH),
-                "self_attn.k_proj": (head, _WIDTH),
-                "self_attn.v_proj": (head, _WIDTH),
-                "self_attn.o_proj": (_WIDTH, heads * head),
-                "self_attn.q_norm": (head,),
-                "self_attn.k_norm": (head,),
-                "mlp.gate_proj": (inner, _WIDTH),
-                "mlp.up_proj": (inner, _WIDTH),
-                "mlp.down_proj": (_WIDTH, inner),
-                "input_layernorm": (_WIDTH,),
-                "post_attention_layernorm": (_WIDTH,),
-                "pre_feedforward_layernorm": (_WIDTH,),
-                "post_feedforward_layernorm": (_WIDTH,),
-            }.items()
-        }
-    # Gemma's norms multiply by 1 + weight. Those after a sublayer begin at a tenth, so that the layers add
-    # little to the words at first: what random layers add is noise (as LayerScale, arXiv 2103.17239).
-    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    for name, tensor in tensors.items():
-        if tensor.ndim == 2:
-            # Scaled by the root of the width, the table's rows then have a root mean square of 1.
-            deviation = _WIDTH**-0.5 if name == "embed_tokens.weight" else _CONFIG["initializer_range"]
-            torch.nn.init.normal_(tensor, std=deviation, generator=generator)
-        elif "post_" in name:
-            tensor.fill_(-0.9)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    entries = write_tokenizer(folder, texts)
+    save_file(random_gemma3(_CONFIG, entries, seed), folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", {**_CONFIG, "vocab_size": entries})
     kinds = ("Transformer", "Pooling", "Normalize")
     modules = [
@@ -180,8 +154,59 @@ def write_tiny_gemma3(folder: Path, texts: Iterator[str], seed: int) -> None:
     (folder / "2_Normalize").mkdir(exist_ok=True)
 
 
-def _write_tokenizer(folder: Path, texts: Iterator[str]) -> int:
-    """A byte-level BPE tokenizer of the texts, with `<bos>` and `<eos>` around each; gives its entries."""
+def random_gemma3(config: Mapping[str, Any], entries: int, seed: int) -> dict[str, Tensor]:
+    """Random weights of a Gemma 3 backbone with a table of so many entries, by their names in its files."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    width, head = config["hidden_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    inner = config["intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (entries, width), "norm.weight": (width,)}
+    for layer in range(config["num_hidden_layers"]):
+        shapes |= {
+            f"layers.{layer}.{name}.weight": shape
+            for name, shape in {
+                "self_attn.q_proj": (queries, width),
+                "self_attn.k_proj": (keys, width),
+                "self_attn.v_proj": (keys, width),
+                "self_attn.o_proj": (width, queries),
+                "self_attn.q_norm": (head,),
+                "self_attn.k_norm": (head,),
+                "mlp.gate_proj": (inner, width),
+                "mlp.up_proj": (inner, width),
+                "mlp.down_proj": (width, inner),
+                "input_layernorm": (width,),
+                "post_attention_layernorm": (width,),
+                "pre_feedforward_layernorm": (width,),
+                "post_feedforward_layernorm": (width,),
+            }.items()
+        }
+    # Gemma's norms multiply by 1 + weight. Those after a sublayer begin at a tenth, so that the layers add
+    # little to the words at first: what random layers add is noise (as LayerScale, arXiv 2103.17239).
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:
+            # Scaled by the root of the width, the table's rows then have a root mean square of 1.
+            deviation = width**-0.5 if name == "embed_tokens.weight" else config["initializer_range"]
+            torch.nn.init.normal_(tensor, std=deviation, generator=generator)
+        elif "post_" in name:
+            tensor.fill_(-0.9)
+    return tensors
+
+
+def write_tokenizer(
+    folder: Path,
+    texts: Iterator[str],
+    *,
+    more: Sequence[str] = (),
+    frame: str = "<bos> $A <eos>",
+    max_tokens: int = 256,
+) -> int:
+    """A byte-level BPE tokenizer of the texts, with special tokens around each as in `frame`.
+
+    Gives its entries. `more` are special tokens besides `<pad>`, `<eos>`, `<bos>`, `<unk>`, which are 0 to 3.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token=None))
@@ -189,20 +214,20 @@ def _write_tokenizer(folder: Path, texts: Iterator[str]) -> int:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=list(_SPECIAL),
+        special_tokens=[*_SPECIAL, *more],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
+        single=frame, special_tokens=[("<bos>", 2), ("<eos>", 1)]
     )
     with atomic_write(folder / "tokenizer.json") as file:
         file.write(tokenizer.to_str(pretty=False).encode())
     names = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), _SPECIAL, strict=True))
     write_json(
         folder / "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 256, **names},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_tokens, **names},
     )
     return int(tokenizer.get_vocab_size())
 

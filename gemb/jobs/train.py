@@ -9,25 +9,35 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from gemb.errors import Exit, GateError, GembError, Interrupted
 from gemb.files import Lock, check_writable
 from gemb.jobs import quickstart
 from gemb.jobs.interrupts import Interrupts
 from gemb.report import OnProgress, Plan, Report, ignore
-from gemb.training.recipe import TrainRecipe
+from gemb.training.pretrain_recipe import PretrainRecipe
+from gemb.training.recipe import RunRecipe, TrainRecipe
 from gemb.training.run_folder import RunFolder
 from gemb.training.watch import Watch
 
 if TYPE_CHECKING:
+    from gemb.training.ranks import Ranks
+    from gemb.training.run_session import RunSession
     from gemb.training.setup import Material
     from gemb.training.teaching import OpenTeacher
 
-__all__ = ["TrainRecipe", "check", "plan", "run"]
+__all__ = ["Begun", "PretrainRecipe", "TrainRecipe", "carry_out", "check", "plan", "recipe_for", "run"]
 
 _NOTHING = "interrupted before the first step; nothing is lost"
+
+
+def recipe_for(keys: Collection[str]) -> type[TrainRecipe | PretrainRecipe]:
+    """What a recipe with these keys is read as: with an objective it is one of `gemb.jobs.pretrain`."""
+    return PretrainRecipe if "objective" in keys else TrainRecipe
 
 
 def plan(recipe: TrainRecipe) -> Plan:
@@ -68,10 +78,50 @@ def run(
     Raises GembError with an exit code as docs/train.md lists them; Interrupted after SIGINT or SIGTERM, when
     the state is saved (only in the main thread).
     """
+    from gemb.training.session import Session
+    from gemb.training.setup import prepare
+
+    def opened(begun: Begun) -> Session:
+        return Session(
+            begun.stack.enter_context(
+                prepare(
+                    recipe,
+                    begun.folder,
+                    begun.ranks,
+                    material,
+                    begun.watch.note,
+                    overwrite=overwrite,
+                    open_teacher=open_teacher,
+                )
+            ),
+            begun.watch,
+        )
+
+    return carry_out(recipe, opened, on_progress, overwrite=overwrite)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run whose folder is made and locked, whatever is learned in it."""
+
+    folder: RunFolder
+    ranks: Ranks
+    watch: Watch
+    stack: ExitStack
+    """What is closed at the end of the run."""
+
+
+def carry_out(
+    recipe: RunRecipe,
+    open_session: Callable[[Begun], RunSession[Any, Any, Any]],
+    on_progress: OnProgress,
+    *,
+    overwrite: bool,
+) -> Report:
+    """Train a session to its end in the folder of a recipe; see `run` for what is promised and raised."""
     from gemb.training.ranks import ranks_of_environment
     from gemb.training.record import already_done
-    from gemb.training.session import Session
-    from gemb.training.setup import pick_device, prepare
+    from gemb.training.setup import pick_device
 
     if recipe.output is None:
         raise GembError("no output given; pass -o runs/first")
@@ -91,18 +141,7 @@ def run(
             if ranks.is_first:
                 folder.make(overwrite=overwrite)
             ranks.wait()
-            setup = stack.enter_context(
-                prepare(
-                    recipe,
-                    folder,
-                    ranks,
-                    material,
-                    watch.note,
-                    overwrite=overwrite,
-                    open_teacher=open_teacher,
-                )
-            )
-            session = Session(setup, watch)
+            session = open_session(Begun(folder, ranks, watch, stack))
             stack.callback(session.close)
             session.open()
         is_done = session.train(interrupts.stop)

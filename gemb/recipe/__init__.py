@@ -4,7 +4,7 @@ A command's recipe is a class derived from `Recipe`; the sentence under a field 
 and becomes `--help`, the docs page and the JSON schema.
 """
 
-from gemb.recipe.loading import Origin, load, origin
+from gemb.recipe.loading import Origin, load, load_one_of, origin
 from gemb.recipe.schema import (
     ComputeRecipe,
     InferenceRecipe,
@@ -31,6 +31,7 @@ __all__ = [
     "json_schema",
     "key_of",
     "load",
+    "load_one_of",
     "origin",
     "refused_precision",
     "resolved",

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
@@ -44,11 +44,22 @@ def load(
 
     Raises GembError with every problem, each with its line and, for an unknown key, the one that was meant.
     """
+    return load_one_of(source, lambda keys: model, overrides, options)
+
+
+def load_one_of(
+    source: str | Path | None,
+    choose: Callable[[Collection[str]], type[R]],
+    overrides: Sequence[str] = (),
+    options: Mapping[str, object] | None = None,
+) -> R:
+    """As `load`, of the class that `choose` gives for the keys of the file and the overrides."""
     name, text, folder = _read(source)
     parsed = document.parse(text)
     if not parsed.is_readable:
         raise error(name, parsed.problems)
     values, places = parsed.values, dict(parsed.places)
+    model = choose({*values, *(override.partition("=")[0].partition(".")[0] for override in overrides)})
     problems = [*parsed.problems, *_check_kind(values, places, model)]
     overridden: list[str] = []
     for override in overrides:

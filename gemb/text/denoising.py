@@ -71,9 +71,7 @@ def noise_mask(length: int, denoiser: Denoiser, generator: np.random.Generator) 
     """
     if length < 2:
         raise ValueError(f"{length} token cannot be corrupted; a row has 2 or more")
-    noise = min(max(round(length * denoiser.rate), 1), length - 1)
-    spans = 1 if denoiser.mean_span is None else max(1, round(noise / denoiser.mean_span))
-    spans = min(spans, noise, length - noise)
+    noise, spans = _sizes(length, denoiser)
     mask = np.zeros(length, np.bool_)
     lengths = np.empty(2 * spans, np.int64)
     lengths[0::2] = _partition(length - noise, spans, generator)
@@ -82,6 +80,12 @@ def noise_mask(length: int, denoiser: Denoiser, generator: np.random.Generator) 
     for start, end in zip(edges[0::2], edges[1::2], strict=True):
         mask[start:end] = True
     return mask
+
+
+def most_spans(length: int, denoiser: Denoiser) -> int:
+    """The most spans that a row of 2 to `length` tokens can have; as many sentinels are needed."""
+    # Over all lengths: rounding can give a shorter row one span more.
+    return max(_sizes(one, denoiser)[1] for one in range(2, length + 1))
 
 
 def take_out(row: Ids, mask: NDArray[np.bool_], sentinels: Ids) -> tuple[Ids, Ids]:
@@ -139,10 +143,17 @@ def prefix_row(body: Ids, frame: Frame, *, ends: bool) -> Row:
     return _encoder_decoder_row(frame.before, body[:half], body[half:], frame, ends=ends)
 
 
+def prefix_teacher_row(body: Ids, frame: Frame, *, ends: bool) -> Row:
+    """What a decoder reads to teach `prefix_row` of the same text: all of it, with the same targets."""
+    row = causal_row(body, frame, ends=ends)
+    row.targets[: len(frame.before) + len(body) // 2 - 1] = NO_TARGET
+    return row
+
+
 def causal_row(body: Ids, frame: Frame, *, ends: bool) -> Row:
     """body[L] for a decoder: every token is predicted from those before it."""
     whole = _joined(frame.before, body, (frame.end,) if ends else ())
-    return Row(whole[:-1], whole[1:], _NO_IDS)
+    return Row(whole[:-1], whole[1:].copy(), _NO_IDS)
 
 
 def masked_row(body: Ids, rate: float, mask_token: int, frame: Frame, generator: np.random.Generator) -> Row:
@@ -186,6 +197,13 @@ def _encoder_decoder_row(
 
 def _joined(before: tuple[int, ...], ids: Ids, after: tuple[int, ...]) -> Ids:
     return np.concatenate([np.array(before, np.int32), ids, np.array(after, np.int32)])
+
+
+def _sizes(length: int, denoiser: Denoiser) -> tuple[int, int]:
+    """(tokens taken out, spans) of a row."""
+    noise = min(max(round(length * denoiser.rate), 1), length - 1)
+    spans = 1 if denoiser.mean_span is None else max(1, round(noise / denoiser.mean_span))
+    return noise, min(spans, noise, length - noise)
 
 
 def _partition(total: int, parts: int, generator: np.random.Generator) -> NDArray[np.int64]:

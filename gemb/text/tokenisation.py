@@ -169,6 +169,20 @@ class Tokeniser:
         return cls(backend, max_tokens=max_tokens, keep="end" if side == "left" else "beginning")
 
     @property
+    def frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The special tokens before and behind every text."""
+        return tuple(self._before), tuple(self._after)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name, such as `<mask>`; None where the vocabulary lacks it."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens shown."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+
+    @property
     def entries(self) -> int:
         """Entries of the vocabulary, tokens that were added to it not counted."""
         return self._backend.get_vocab_size(with_added_tokens=False)

@@ -12,7 +12,7 @@ R rows of the batch, D model width.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -95,6 +95,14 @@ class Ranks:
         shared = torch.tensor(value, dtype=torch.float64, device=self._device)
         dist.broadcast(shared, 0)
         return float(shared)
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """The sums of the values of all ranks, one by one; every rank must give as many."""
+        if self.count == 1:
+            return list(values)
+        shared = torch.tensor(values, dtype=torch.float64, device=self._device)
+        dist.all_reduce(shared)
+        return [float(value) for value in shared]
 
     def wait(self) -> None:
         """Returns when every rank is here."""
