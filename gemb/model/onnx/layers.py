@@ -23,11 +23,13 @@ from gemb.model.trainable.blocks import Attention, FeedForward
 from gemb.model.trainable.functions import Norm
 from gemb.model.trainable.gated import GatedBackbone
 from gemb.model.trainable.parameters import Tensors
-from gemb.quantization.grids import BLOCK, Q4_0, BlockGrid
+from gemb.quantization.grids import BLOCK, BlockGrid
 from gemb.quantization.roles import role_of
 
 FORBIDDEN = -1e30
 """Added to the score of a token that is not seen; minus infinity gives NaN where none is seen at all."""
+ROWS_AT_ONCE = 8192
+"""Of a table that is quantised: 25 MB at 768 wide."""
 FLOAT, INT64 = 1, 7  # TensorProto's numbers, for Cast
 
 
@@ -112,20 +114,23 @@ class LayerWriter:
 
         Raises MismatchError if the rows are no whole blocks.
         """
-        weight = torch.cat([layer.matrix.detach() for layer in layers])
-        try:
-            quantised = grid.quantise(weight)
-        except ValueError as error:
-            raise MismatchError(
-                f"{self._source}: {self._name_of(layers[0])}: {error}; export f32 instead"
-            ) from error
-        self.is_exact &= torch.equal(grid.dequantise(quantised), weight)
-        # Codes are stored without a sign: 0 stands in the middle, as both operators take it by default.
-        codes = (quantised.codes + (1 << (grid.bits - 1))).view(torch.uint8)  # wraps around, as it should
-        if grid is Q4_0:  # the first of a pair in the low half
-            codes = codes[:, ::2] | codes[:, 1::2] << 4
-        scales = quantised.scales.float().numpy()
-        return codes.reshape(*scales.shape, -1).numpy(), scales
+        codes, scales = [], []
+        for layer in layers:
+            for rows in torch.split(layer.matrix.detach(), ROWS_AT_ONCE):
+                try:
+                    quantised = grid.quantise(rows)
+                except ValueError as error:
+                    raise MismatchError(
+                        f"{self._source}: {self._name_of(layer)}: {error}; export f32 instead"
+                    ) from error
+                self.is_exact &= torch.equal(grid.dequantise(quantised), rows)
+                # Stored without a sign: 0 stands in the middle, as both operators take it by default.
+                code = (quantised.codes + (1 << (grid.bits - 1))).view(torch.uint8)  # wraps, as it should
+                # Of a pair in a byte, the first is in the low half.
+                codes.append(code[:, ::2] | code[:, 1::2] << 4 if grid.bits == 4 else code)
+                scales.append(quantised.scales.float())
+        all_scales = torch.cat(scales)
+        return torch.cat(codes).reshape(*all_scales.shape, -1).numpy(), all_scales.numpy()
 
     def _grid_of(self, layer: Tensors) -> BlockGrid | None:
         """The grid of a weight: where every quantised format of gemb has whole numbers, and nowhere else."""
