@@ -249,6 +249,10 @@ class RunSession(ABC, Generic[S, M, B]):
         """The names of the parameters that may be trained at all; None where all may."""
         return None
 
+    def _share_of_peak(self, report: StepReport) -> float | None:
+        """How much of what the device can do a step did; None where nobody knows."""
+        return None
+
     def _before_the_first_step(self) -> None:
         """What else has to be known by then."""
 
@@ -295,7 +299,8 @@ class RunSession(ABC, Generic[S, M, B]):
         if self._first_loss is None:
             self._first_loss = report.loss
         self._last_loss = report.loss
-        self._watch.step(report.progress.step, report.progress.tokens - self._tokens_before, report.loss)
+        tokens = report.progress.tokens - self._tokens_before
+        self._watch.step(report.progress.step, tokens, report.loss, self._share_of_peak(report))
 
     def _baseline(self) -> Measured | None:
         """The scores of the first model, measured once a run."""

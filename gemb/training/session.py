@@ -19,7 +19,8 @@ from gemb.report import Report
 from gemb.training.batches import TrainingBatch
 from gemb.training.gradients import EmbeddingGradients, MemoryPlan, graph_bytes, plan_memory
 from gemb.training.held_out import Measured
-from gemb.training.loop import Batches, Computation, total_parameters
+from gemb.training.loop import Batches, Computation, StepReport, total_parameters
+from gemb.training.peak import matrix_peak, work_of_a_token
 from gemb.training.qat import QuantisedGradients
 from gemb.training.recipe import MatchingTerm, TrainRecipe
 from gemb.training.record import make_report, record_of
@@ -62,6 +63,8 @@ class Session(RunSession[Setup, TrainableEncoder, TrainingBatch]):
         super().__init__(setup, watch)
         self.teacher: Measured | None = None
         """What the teacher of a distillation reaches itself."""
+        self._peak = matrix_peak(setup.device)
+        self._work_of_a_token = work_of_a_token(self.model.named_parameters())
 
     def _load(self) -> TrainableEncoder:
         encoder = load_encoder(self.setup)
@@ -87,6 +90,9 @@ class Session(RunSession[Setup, TrainableEncoder, TrainingBatch]):
 
     def _only(self) -> Collection[str] | None:
         return trainable_names(self.model, self.setup.recipe)
+
+    def _share_of_peak(self, report: StepReport) -> float | None:
+        return None if self._peak is None else report.tokens_per_second * self._work_of_a_token / self._peak
 
     def _is_quantised(self) -> bool:
         """Whether the step at hand sees the quantised weights."""

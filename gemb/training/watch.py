@@ -24,9 +24,10 @@ class Watch:
         self._last = Event(name, 0, None, "texts")
         self._on_progress(self._last)
 
-    def step(self, step: int, tokens: int, loss: float) -> None:
-        """A step is done; `tokens` are those of this run of the command."""
-        self._last = Event(
-            "training", step, self.total_steps, "steps", tokens=tokens, detail=f"loss {loss:.4f}"
-        )
+    def step(self, step: int, tokens: int, loss: float, share: float | None = None) -> None:
+        """A step is done; `tokens` are those of this run of the command, `share` that of the peak."""
+        detail = f"loss {loss:.4f}"
+        if share is not None:
+            detail += f", {share * 100:.0f} % of the processor's peak"
+        self._last = Event("training", step, self.total_steps, "steps", tokens=tokens, detail=detail)
         self._on_progress(self._last)
