@@ -68,8 +68,9 @@ def test_the_same_option_has_one_letter_default_and_set_of_choices_everywhere() 
     seen: dict[str, tuple[str, object]] = {}
     for path, command in EVERY.items():
         for parameter in command.params:
-            if parameter.param_type_name != "option" or "--dtype" in parameter.opts:
-                continue  # embed writes types that an index does not keep
+            # embed writes types that an index does not keep; search has formats of hits, quantize of weights
+            if parameter.param_type_name != "option" or {"--dtype", "--format"} & set(parameter.opts):
+                continue
             assert parameter.help, f"{path} {parameter.opts} is not explained"
             long = max(parameter.opts, key=len)
             letter = [name for name in parameter.opts if not name.startswith("--")]
