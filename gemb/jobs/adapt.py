@@ -39,7 +39,9 @@ __all__ = ["AdaptRecipe", "plan", "run"]
 
 
 _OF_CUTS = frozenset({"source", "output", "keep_layers", "keep_vocab", "vocabulary", "seed", "offline"})
-_OF_ENCODER_DECODERS = frozenset({"source", "to", "decoder", "output", "dropout", "seed", "offline"})
+_OF_ENCODER_DECODERS = frozenset(
+    {"source", "to", "decoder", "output", "dropout", "max_memory", "seed", "offline"}
+)
 """The keys that are read for what is not a new encoder."""
 
 
@@ -79,8 +81,8 @@ class AdaptRecipe(Recipe):
     max_tokens: int | None = Field(default=None, ge=1)
     """Longest text in tokens; by default all positions of the model, and at most 2,048."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of attention weights, and of hidden numbers where the class has a rate for them, that is left out
-    at random in a later fine-tuning; written to config.json."""
+    """Share of attention weights and of hidden numbers that is left out at random in a later fine-tuning;
+    written to config.json, from where gemb train takes it. transformers heeds what the class has a rate for."""
     keep_layers: tuple[int, ...] = ()
     """Layers that stay, counted from 0, such as 0,2,4; by default all."""
     keep_vocab: tuple[RecipeInput, ...] = ()
@@ -209,16 +211,21 @@ def run(recipe: AdaptRecipe, on_progress: OnProgress = ignore) -> Report:
         "recipe": resolved(recipe),
         "versions": {**versions(), "transformers": metadata.version("transformers")},
     }
+    memory_bytes = None if recipe.max_memory is None else int(recipe.max_memory * 2**30)
     if recipe.to == "encoder-decoder":
-        adapted_pair = _encoder_decoder(recipe, source, on_progress)
-        return adapt_encoder_decoder.written(adapted_pair, output, about, on_progress)
+        return adapt_encoder_decoder.written(
+            _encoder_decoder(recipe, source, on_progress),
+            output,
+            about=about,
+            memory_bytes=memory_bytes,
+            on_progress=on_progress,
+        )
     if _is_encoder(source):
         return _cut_encoder(recipe, source, output, about)
     adaptation = _adaptation(recipe, source)
     on_progress(
         Event("adapting", 0, note=f"writing {readable_bytes(adaptation.size_bytes)}, then the proofs")
     )
-    memory_bytes = None if recipe.max_memory is None else int(recipe.max_memory * 2**30)
     adapted = write_adaptation(adaptation, output, about=about, memory_bytes=memory_bytes)
     return _report(adaptation, adapted, output)
 
@@ -407,7 +414,7 @@ def _rows(adaptation: Adaptation) -> list[tuple[str, str]]:
     if wanted.prompts:
         rows.append(("prompts", "\n".join(f"{name}: {text}" for name, text in wanted.prompts.items())))
     if wanted.dropout:
-        rows.append(("dropout", f"{wanted.dropout:g} of attention while training, in config.json"))
+        rows.append(("dropout", f"{wanted.dropout:g} in a later training, in config.json"))
     if wanted.keep_layers:
         rows.append(("layers", ", ".join(map(str, wanted.keep_layers))))
     if adaptation.cut is not None:

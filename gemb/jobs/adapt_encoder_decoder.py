@@ -34,7 +34,12 @@ def planned(adaptation: EncoderDecoderAdaptation, output: Path) -> Plan:
 
 
 def written(
-    adaptation: EncoderDecoderAdaptation, output: Path, about: Mapping[str, object], on_progress: OnProgress
+    adaptation: EncoderDecoderAdaptation,
+    output: Path,
+    *,
+    about: Mapping[str, object],
+    memory_bytes: int | None,
+    on_progress: OnProgress,
 ) -> Report:
     """Write the encoder-decoder and prove it; `about` goes into adapt_report.json.
 
@@ -43,7 +48,7 @@ def written(
     on_progress(
         Event("adapting", 0, note=f"writing {readable_bytes(adaptation.size_bytes)}, then the proofs")
     )
-    made = write(adaptation, output, about=about)
+    made = write(adaptation, output, about=about, memory_bytes=memory_bytes)
     rows = _rows(adaptation)
     if made.padding_token is not None:
         rows.append(("padding", f"the source names no token for it; {made.padding_token} is taken, masked"))
@@ -94,6 +99,9 @@ def _proved(made: EncoderDecoder) -> list[tuple[str, str]]:
     if proofs.route_difference_beyond is not None:
         said = f"a longer text differs by {proofs.route_difference_beyond:.0e}"
         beyond = [("", f"{said}: a window is one wider there")]
+    by_layer = (
+        [("", "each layer alone, since the model is larger than the memory")] if proofs.by_layer else []
+    )
     ways = ", ".join(f"{name} {way}" for name, way in proofs.implementations.items())
     return [
         (
@@ -118,6 +126,7 @@ def _proved(made: EncoderDecoder) -> list[tuple[str, str]]:
         ("", f"padding moves a logit by {proofs.decoder_padding_difference:.0e} of the largest at most"),
         ("", f"with a cache the logits are the same (difference {proofs.cache_difference:.0e})"),
         ("", f"saved and loaded again, too (difference {proofs.saved_difference:g})"),
+        *by_layer,
     ]
 
 

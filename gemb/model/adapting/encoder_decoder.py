@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemb.device import free_memory_bytes
 from gemb.errors import GateError
 from gemb.files import check_writable, read_json, write_json
 from gemb.model.adapting.adaptation import REPORT
@@ -50,6 +51,11 @@ class EncoderDecoderAdaptation:
     def needs_bytes(self) -> int:
         """Of disk: a proof saves the model once more, in fp32, and removes it."""
         return self.size_bytes + self.parameters * _FP32_BYTES + _BESIDE_BYTES
+
+    @property
+    def proving_bytes(self) -> int:
+        """Of memory, to prove it whole: itself beside a source in fp32."""
+        return 2 * self.parameters * _FP32_BYTES
 
     @property
     def parameters(self) -> int:
@@ -99,14 +105,20 @@ def plan(
 
 
 def write(
-    adaptation: EncoderDecoderAdaptation, target: Path, *, about: Mapping[str, object] | None = None
+    adaptation: EncoderDecoderAdaptation,
+    target: Path,
+    *,
+    about: Mapping[str, object] | None = None,
+    memory_bytes: int | None = None,
 ) -> EncoderDecoder:
     """Write the folder `target` and prove it; `about` goes into adapt_report.json with what was seen.
 
-    Weights are in shards as large as the source's, if those are in several. Raises GateError for a proof that
-    fails, GembError if `target` exists, MachineError without space for it; then nothing is left there.
+    Weights are in shards as large as the source's, if those are in several. Where the whole model does not
+    fit into `memory_bytes` (None: what is free), it is proved layer by layer. Raises GateError for a proof
+    that fails, GembError if `target` exists, MachineError without space; then nothing is left there.
     """
     from gemb.model.adapting.encoder_decoder_proofs import prove
+    from gemb.model.adapting.encoder_decoder_slices import prove_by_layer
     from gemb.model.trainable.saving import appearing
 
     source = adaptation.pair.encoder
@@ -123,8 +135,9 @@ def write(
         positions = int(adaptation.config["decoder"]["max_position_embeddings"])
         padding = write_tokenizer_files(source, place, max_tokens=positions, cut=None)
         written = time.monotonic()
+        fits = adaptation.proving_bytes <= (memory_bytes or free_memory_bytes("cpu") or inf)
         try:
-            proofs = prove(place, adaptation.pair)
+            proofs = (prove if fits else prove_by_layer)(place, adaptation.pair)
         except GateError as error:
             raise GateError(
                 f"{target} is not kept, a proof failed: {error}; try another release of transformers"

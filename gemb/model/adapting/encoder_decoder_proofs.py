@@ -67,6 +67,8 @@ class EncoderDecoderProofs:
     """Of the logits token by token with a cache, to those of all tokens at once."""
     saved_difference: float
     """After the loaded model is saved by transformers and loaded again."""
+    by_layer: bool = False
+    """Whether each layer was proved alone; a difference is then the largest of all."""
 
     def as_json(self) -> dict[str, object]:
         """For adapt_report.json."""

@@ -36,7 +36,7 @@ _PATTERNS = frozenset({"sliding_window_pattern", "_sliding_window_pattern", "glo
 
 
 @dataclass(frozen=True)
-class _Cut:
+class Cut:
     """Which layers and rows of a model go into a slice."""
 
     layers: tuple[int, ...]
@@ -59,18 +59,18 @@ def prove_by_layer(
     """
     adapted = read_folder(folder)
     table = FAMILIES[kind].table
-    rows = _rows(int(adapted.config["vocab_size"]))
+    rows = slice_rows(int(adapted.config["vocab_size"]))
     old_rows = rows if kept_ids is None else tuple(kept_ids[row] for row in rows)
-    config = _source_config(source, kind)
+    config = source_config(source, kind)
     seen: list[Proofs] = []
     for layers in _slices(adapted.weights(), int(adapted.config["num_hidden_layers"])):
         old_layers = tuple(keep_layers[layer] for layer in layers) if keep_layers else layers
         with tempfile.TemporaryDirectory(prefix=".gemb-", dir=folder.parent) as place:
             ours, theirs = Path(place) / "encoder", Path(place) / "source"
-            _write_slice(ours, adapted.weights(), adapted.config, _Cut(layers, rows), table)
-            _write_slice(theirs, source.weights(), config, _Cut(old_layers, old_rows), table)
+            write_slice(ours, adapted.weights(), adapted.config, Cut(layers, rows), table)
+            write_slice(theirs, source.weights(), config, Cut(old_layers, old_rows), table)
             modules = (ModuleSpec("transformer", ours), *adapted.modules[1:])
-            one = replace(adapted, config=_cut_config(adapted.config, _Cut(layers, rows)), modules=modules)
+            one = replace(adapted, config=cut_config(adapted.config, Cut(layers, rows)), modules=modules)
             try:
                 seen.append(prove_folder(one, partial(load_encoder, theirs), kind, causal=causal))
             except GateError as error:
@@ -89,13 +89,13 @@ def _slices(weights: Weights, layers: int) -> Iterator[tuple[int, ...]]:
         yield (layer,) if names[layer] == names[0] else (0, layer)
 
 
-def _rows(entries: int) -> tuple[int, ...]:
+def slice_rows(entries: int) -> tuple[int, ...]:
     """Ids of the rows of a slice, from the upper half of the vocabulary, away from special tokens."""
     upper = np.random.default_rng(6).permutation(entries - entries // 2)[:ROWS]
     return tuple(sorted((entries // 2 + upper).tolist()))
 
 
-def _source_config(source: ModelFolder, kind: str) -> dict[str, Any]:
+def source_config(source: ModelFolder, kind: str) -> dict[str, Any]:
     """The config of the source's text model with all that it leaves out, as its class reads it."""
     from transformers import CONFIG_MAPPING
 
@@ -104,7 +104,7 @@ def _source_config(source: ModelFolder, kind: str) -> dict[str, Any]:
     return config
 
 
-def _cut_config(config: Mapping[str, Any], cut: _Cut) -> dict[str, Any]:
+def cut_config(config: Mapping[str, Any], cut: Cut) -> dict[str, Any]:
     """`config` of a model that has only these layers and rows; ids of tokens are in no probe and become 0."""
     kept = {key: value for key, value in config.items() if key not in _PATTERNS}
     for key, value in kept.items():
@@ -115,7 +115,7 @@ def _cut_config(config: Mapping[str, Any], cut: _Cut) -> dict[str, Any]:
     return {**kept, "num_hidden_layers": len(cut.layers), "vocab_size": len(cut.rows)}
 
 
-def _write_slice(place: Path, weights: Weights, config: Mapping[str, Any], cut: _Cut, table: str) -> None:
+def write_slice(place: Path, weights: Weights, config: Mapping[str, Any], cut: Cut, table: str) -> None:
     """Write the folder of a slice; names of tensors are those of the text model alone."""
     prefix = prefix_of_table(weights, table)
     numbers = {str(layer): number for number, layer in enumerate(cut.layers)}
@@ -133,7 +133,7 @@ def _write_slice(place: Path, weights: Weights, config: Mapping[str, Any], cut: 
             pieces.append(whole(f"layers.{numbers[head]}.{tail}", weights.spec(name)))
     place.mkdir()
     write_pieces(pieces, place)
-    write_json(place / "config.json", _cut_config(config, cut))
+    write_json(place / "config.json", cut_config(config, cut))
 
 
 def _joined(seen: Sequence[Proofs]) -> Proofs:

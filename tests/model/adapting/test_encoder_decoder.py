@@ -315,6 +315,35 @@ def test_every_proof_is_made(name: str, made: Made) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_layer_by_layer_the_verdicts_are_those_of_the_whole(name: str, made: Made, tmp_path: Path) -> None:
+    its, _, whole_model = made(name)
+    other = read_folder(its.parent / "small") if name == "unbalanced" else None
+    adaptation = plan(read_folder(its), other)
+    seen = write(adaptation, tmp_path / "out", memory_bytes=adaptation.proving_bytes - 1).proofs
+    assert (seen.by_layer, whole_model.proofs.by_layer) == (True, False)
+    for figure in ("implementations", "encoder_reaches", "decoder_reaches", "route_tokens"):
+        assert getattr(seen, figure) == getattr(whole_model.proofs, figure)
+    assert seen.encoder_source_difference == seen.saved_difference == 0
+    small = (seen.decoder_source_difference, seen.route_difference, seen.cache_difference)
+    assert max(small) < 1e-5
+    assert (seen.route_difference_beyond is None) == (name != "t5gemma2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_layer_by_layer_a_layer_of_another_is_seen(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spelt = (*encoder_decoder_maps._RENAMED, ("layers.3.mlp.up_proj", "layers.2.mlp.up_proj"))
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder_decoder_maps, "_RENAMED", spelt)
+        patch.setattr(encoder_decoder_maps._Half, "refuse", lambda self: None)
+        adaptation = plan(read_folder(made("t5gemma2")[0]))
+    with pytest.raises(GateError, match="of layer 3 alone, with the causal mask kept, the encoder's states"):
+        write(adaptation, tmp_path / "out", memory_bytes=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_tensors_have_the_names_that_transformers_writes_and_each_is_told(
     name: str, made: Made, tmp_path: Path
 ) -> None:
