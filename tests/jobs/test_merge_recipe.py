@@ -72,9 +72,9 @@ def test_what_is_not_supported_is_refused_by_name(key: str, tmp_path: Path) -> N
 def test_the_recipes_of_gemb_can_be_read() -> None:
     names = [one.name for one in shipped_recipes() if yaml.safe_load(one.text).get("kind") == "merge"]
     assert names == [
-        "embeddinggemma/7-soup", "merge/breadcrumbs", "merge/checkpoints", "merge/dare", "merge/della", "merge/greedy",
-        "merge/karcher", "merge/model_stock", "merge/slerp", "merge/soup", "merge/task_arithmetic",
-        "merge/ties",
+        "embeddinggemma/7-soup", "merge/breadcrumbs", "merge/checkpoints", "merge/dare", "merge/della",
+        "merge/greedy", "merge/karcher", "merge/model_stock", "merge/slerp", "merge/soup",
+        "merge/task_arithmetic", "merge/ties",
     ]  # fmt: skip
     for name in names:
         wanted = load(name, MergeRecipe)
