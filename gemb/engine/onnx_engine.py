@@ -11,6 +11,8 @@ promise, since onnxruntime promises nothing.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -25,7 +27,7 @@ from numpy.typing import NDArray
 from gemb.device import Device, pick
 from gemb.engine import OutOfMemory
 from gemb.errors import MachineError, UnavailableError
-from gemb.files import os_errors_explained
+from gemb.files import file_digest, os_errors_explained
 from gemb.model.folder import ModelFolder, fingerprint
 from gemb.model.hub import cache_folder
 from gemb.text.batches import Batch
@@ -112,7 +114,7 @@ def _run(session: onnxruntime.InferenceSession, ids: NDArray[np.int64]) -> NDArr
 def open_session(graph: Path) -> onnxruntime.InferenceSession:
     """The graph at `graph`, ready to run on one thread.
 
-    Raises MachineError if onnxruntime cannot be imported, UnavailableError if the file is damaged.
+    Raises MachineError if onnxruntime cannot be imported, UnavailableError if the files are damaged.
     """
     try:
         import onnxruntime
@@ -126,7 +128,7 @@ def open_session(graph: Path) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors only; they come as exceptions too
     try:
-        return onnxruntime.InferenceSession(os.fspath(graph), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(os.fspath(graph), options, providers=["CPUExecutionProvider"])
     except (
         errors.Fail,
         errors.InvalidArgument,
@@ -141,6 +143,33 @@ def open_session(graph: Path) -> onnxruntime.InferenceSession:
             f"{graph} cannot be run by onnxruntime: {text}; remove {graph.parent} and make it again, "
             "or pass --engine torch"
         ) from error
+    _check_weights(graph, session)
+    return session
+
+
+def _check_weights(graph: Path, session: onnxruntime.InferenceSession) -> None:
+    """Returns if the file of weights is what was written beside `graph`.
+
+    It is not read again if size, times and inode are those of the last time; the user's cache remembers.
+    Raises UnavailableError if it changed.
+    """
+    expected = session.get_modelmeta().custom_metadata_map.get("gemb.weights_sha256")
+    if expected is None:
+        return  # not written by gemb
+    data = graph.with_name(f"{graph.name}_data")
+    state = data.stat()
+    told = (data.resolve(), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, expected)
+    place = cache_folder() / "verified" / hashlib.sha256(repr(told).encode()).hexdigest()
+    if place.exists():
+        return
+    if file_digest(data) != expected:
+        raise UnavailableError(
+            f"{data} is damaged: its checksum is not the one in {graph.name}; remove {graph.parent} and make "
+            "it again, or pass --engine torch"
+        )
+    with contextlib.suppress(OSError):  # then it is read again next time
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
 
 
 def is_installed() -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemb.engine import Engine, opening
+from gemb.engine import Engine, onnx_engine, opening
 from gemb.engine.encoder import Encoder, load_tokeniser
 from gemb.engine.onnx_engine import (
     PRECISION,
@@ -236,6 +236,26 @@ def test_a_damaged_graph_is_told_by_name_and_auto_goes_on_with_torch(
     told: list[str] = []
     assert opened(folder, "auto", few_texts=True, notice=told.append).precision != PRECISION
     assert told == [] or told == [f"torch runs the model instead: {caught.value}"]
+
+
+def test_a_flipped_bit_of_the_weights_is_found_and_a_whole_file_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = write_cached_graph(folder_of(tmp_path))
+    open_session(graph)
+    with monkeypatch.context() as patched:
+        patched.setattr(onnx_engine, "file_digest", lambda _: pytest.fail("read again"))
+        open_session(graph)
+    data = graph.with_name("model.onnx_data")
+    content = bytearray(data.read_bytes())
+    content[5000] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(UnavailableError) as caught:
+        open_session(graph)
+    assert str(caught.value) == (
+        f"{data} is damaged: its checksum is not the one in model.onnx; remove {graph.parent} and make it "
+        "again, or pass --engine torch"
+    )
 
 
 def test_what_was_left_of_a_killed_write_is_replaced(tmp_path: Path) -> None:

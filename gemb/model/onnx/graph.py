@@ -5,6 +5,7 @@ Weights go to disk as they come, so that no more than one of them is in memory b
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,8 @@ IR_VERSION = 10  # what onnxruntime 1.18 reads, too; onnx itself would write its
 MICROSOFT = "com.microsoft"
 """The domain of onnxruntime's own operators; a graph has it only where weights are whole numbers."""
 ALIGNMENT = 4096  # a page, so that weights can be mapped from the file
+CHECKSUM = "gemb.weights_sha256"
+"""The metadata that has the checksum of the file of weights."""
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
 
@@ -36,6 +39,7 @@ class Graph:
         self._path = path
         self._data_path = path.with_name(f"{path.name}_data")
         self._data = self._data_path.open("wb")
+        self._checksum = hashlib.sha256()
         self._nodes: list[onnx.NodeProto] = []
         self._weights: list[TensorProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
@@ -103,21 +107,25 @@ class Graph:
             dims=array.shape,
             data_location=TensorProto.EXTERNAL,
         )
-        self._data.write(bytes(-self._data.tell() % ALIGNMENT))
+        self._write(bytes(-self._data.tell() % ALIGNMENT))
         where = {"location": self._data_path.name, "offset": self._data.tell(), "length": array.nbytes}
         for key, value in where.items():
             tensor.external_data.add(key=key, value=str(value))
-        np.ascontiguousarray(array).tofile(self._data)
+        self._write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self._weights.append(tensor)
         return name
 
+    def _write(self, content: bytes | memoryview) -> None:
+        self._checksum.update(content)
+        self._data.write(content)
+
     def save(self, metadata: Mapping[str, str]) -> None:
-        """Write the graph itself, with `metadata` that onnxruntime shows as the model's own."""
+        """Write the graph itself, with `metadata` that onnxruntime shows, and the checksum of the weights."""
         self._data.flush()
         graph = helper.make_graph(self._nodes, "encoder", self._inputs, self._outputs, self._weights)
         opsets = [helper.make_opsetid("", OPSET)]
         if self._uses_microsoft:
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="gemb")
-        helper.set_model_props(model, dict(metadata))
+        helper.set_model_props(model, {**metadata, CHECKSUM: self._checksum.hexdigest()})
         self._path.write_bytes(model.SerializeToString(deterministic=True))
