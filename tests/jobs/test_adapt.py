@@ -38,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_recipes_are_those_of_the_sources() -> None:
-    assert NAMES == ["embeddinggemma/1-adapt", "gemma_encoder/1-adapt"]
+    assert NAMES == ["embeddinggemma/3-encoder", "gemma_encoder/1-adapt"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,7 +52,8 @@ def test_a_recipe_runs(name: str, models: Path, tmp_path: Path) -> None:
     assert folder.dims == (768 if name.startswith("embeddinggemma") else 64)
     assert dict(planned.rows)["dims"] == dict(report.rows)["dims"]
     config = json.loads((output / "config.json").read_text())
-    assert config["attention_dropout"] == (0.1 if name.startswith("gemma_encoder") else 0.0)
+    rate = 0.1 if name.startswith("gemma_encoder") else 0.0
+    assert (config["attention_dropout"], config.get("hidden_dropout_prob", 0.0)) == (rate, rate)
     kept = json.loads((output / "adapt_report.json").read_text())
     assert kept["recipe"]["kind"] == "adapt"
     assert set(kept["versions"]) >= {"gemb", "torch", "transformers"}
@@ -196,6 +197,28 @@ def test_an_attention_pooling_is_adapted_trained_and_embedded_with(
     assert vectors.shape == (2, 64)
     others = Encoder.load(tmp_path / "encoder").embed(["w10 w11", "w12"])
     assert np.abs(vectors - others).max() > 1e-4
+
+
+def test_training_takes_the_dropout_of_the_folder_unless_it_is_given(models: Path, tmp_path: Path) -> None:
+    for name, rate in (("plain", 0.0), ("dropping", 0.3)):
+        run(AdaptRecipe(source=str(models / "decoder"), output=tmp_path / name, dropout=rate))
+    rows = [{"query": f"w{n} w{n + 1}", "positive": f"w{n} w{n + 2} w9"} for n in range(10, 26)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+    def tuned(model: str, *more: str) -> dict[str, torch.Tensor]:
+        output = tmp_path / "-".join(["tuned", model, *more])
+        changes = [f"data.0.path={pairs}", "batch.pairs=8", "steps=2", "threads=1", "precision=fp32", *more]
+        given = {"model": str(tmp_path / model), "output": output}
+        train.run(load("gemma_encoder/2-finetune", train.TrainRecipe, changes, given))
+        return load_file(output / "model.safetensors")
+
+    plain, dropping, told, none = (
+        tuned("plain"), tuned("dropping"), tuned("plain", "dropout=0.3"), tuned("dropping", "dropout=0")
+    )  # fmt: skip
+    assert all(torch.equal(plain[name], none[name]) for name in plain)
+    for one, other in ((plain, dropping), (plain, told), (told, dropping)):
+        assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
 def test_help_shows_an_example(gemb: Callable[..., Finished]) -> None:

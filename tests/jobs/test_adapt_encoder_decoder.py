@@ -15,7 +15,8 @@ from gemb.recipe import load, shipped_recipes
 from tests.conftest import Finished
 from tests.models import tiny_folder
 
-RECIPES = {
+RECIPES: dict[str, tuple[str, dict[str, str]]] = {
+    "embeddinggemma/1-adapt": ("t5gemma2", {}),
     "t5gemma/1-adapt-balanced": ("t5gemma", {}),
     "t5gemma/1-adapt-unbalanced": ("t5gemma", {"decoder": "gemma2"}),
     "t5gemma2/1-adapt": ("t5gemma2", {}),
