@@ -2,6 +2,7 @@
 
     python -m benchmarks.train --shape 10m                batch 64, the plain loss
     python -m benchmarks.train --shape 10m --batch-size 512 --cached
+    python -m benchmarks.train --shape 30m --matryoshka   gemb against itself: four sizes, or one
     python -m benchmarks.train --help
 
 Both train the same Gemma 3 shape from the same random weights on the same real pairs in the same order, in
@@ -249,11 +250,19 @@ def trainers(folder: Path, batch_size: int, *, cached: bool, width: int) -> list
     return [plain, gradcache, peer]
 
 
+def trainers_by_sizes(folder: Path, batch_size: int, *, width: int) -> list[TrainerSettings]:
+    """One trainer at four sizes, in the proportions of 768, 512, 256 and 128, and at the full one alone."""
+    sizes = (width, 2 * width // 3, width // 3, width // 6)
+    four = TrainerSettings("gemb-4-sizes", "gemb", str(folder), batch_size, sizes)
+    return [four, replace(four, name="gemb-1-size", sizes=(width,))]
+
+
 def run(
     shape: str,
     *,
     batch_size: int,
     cached: bool,
+    matryoshka: bool = False,
     batches: int,
     rounds: int,
     threads: int,
@@ -265,8 +274,13 @@ def run(
     pairs = read_pairs(batch_size, batches)
     counts = token_counts(folder, [text for pair in pairs for text in pair])
     width = SHAPES[shape]["hidden_size"]
+    racers = (
+        trainers_by_sizes(folder, batch_size, width=width)
+        if matryoshka
+        else trainers(folder, batch_size, cached=cached, width=width)
+    )
     tracks = race(
-        trainers(folder, batch_size, cached=cached, width=width),
+        racers,
         pairs,
         rounds=rounds,
         threads=threads,
@@ -304,7 +318,7 @@ def run(
             f"{track.laps[0].losses[-1]:.4f}",
         )
     console.print(table)
-    verdicts = bars(rows, batch_size=batch_size, cached=cached)
+    verdicts = size_bars(rows) if matryoshka else bars(rows, batch_size=batch_size, cached=cached)
     show_bars(console, verdicts)
     return {
         "settings": {
@@ -336,10 +350,17 @@ def bars(rows: Sequence[Mapping[str, Any]], *, batch_size: int, cached: bool) ->
     return found
 
 
+def size_bars(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
+    """The promise about the cost of Matryoshka sizes."""
+    claim = f"gemb: time of a step with {len(rows[0]['settings']['sizes'])} sizes over that with one"
+    return [Bar(claim, 1 / rows[0]["speed_against_peer"], 1.1, at_most=True)]
+
+
 def main(
     shape: Annotated[str, typer.Option(help="10m or 30m: parameters, the table counted.")] = "10m",
     batch_size: Annotated[int, typer.Option(help="Pairs a step.")] = 64,
     cached: Annotated[bool, typer.Option(help="Against the Cached loss.")] = False,
+    matryoshka: Annotated[bool, typer.Option(help="gemb at four Matryoshka sizes against one.")] = False,
     batches: Annotated[int, typer.Option(help="Steps a round.")] = len(DATA_SETS),
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = MINIMUM_ROUNDS,
     threads: Annotated[int, typer.Option(help="1: processor time; more: wall time.")] = 1,
@@ -354,6 +375,7 @@ def main(
         shape,
         batch_size=batch_size,
         cached=cached,
+        matryoshka=matryoshka,
         batches=batches,
         rounds=rounds,
         threads=threads,
@@ -361,7 +383,8 @@ def main(
         console=console,
     )
     if store:
-        name = f"train-{shape}-batch{batch_size}{'-cached' if cached else ''}-{threads}thread"
+        kind = "-matryoshka" if matryoshka else "-cached" if cached else ""
+        name = f"train-{shape}-batch{batch_size}{kind}-{threads}thread"
         path = write_result(name, machine, result)
         console.print(f"stored in {path.relative_to(REPOSITORY)}")
 

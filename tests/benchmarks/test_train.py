@@ -1,7 +1,7 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train import DATA_SETS, bars, data_sets, trainers
+from benchmarks.train import DATA_SETS, bars, data_sets, size_bars, trainers, trainers_by_sizes
 
 
 def row(name: str, speed: float, peak: int) -> dict[str, Any]:
@@ -32,6 +32,17 @@ def test_both_train_the_same_sizes_and_gradcache_runs_against_the_cached_loss_on
         ("st-cached", True, False),
     ]
     assert {one.sizes for one in [*plain, *cached]} == {(256, 128, 64)}
+
+
+def test_four_sizes_may_cost_a_tenth_more_than_one() -> None:
+    four, one = trainers_by_sizes(Path("model"), 64, width=768)
+    assert (four.sizes, one.sizes) == ((768, 512, 256, 128), (768,))
+    (bar,) = size_bars([{"speed_against_peer": 0.8, "settings": {"sizes": four.sizes}}])
+    assert (bar.claim, bar.measured, bar.met) == (
+        "gemb: time of a step with 4 sizes over that with one",
+        1.25,
+        False,
+    )
 
 
 def test_few_batches_are_spread_over_the_data_sets() -> None:
