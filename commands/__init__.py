@@ -27,7 +27,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "distill": "Distil a model into a smaller one, resumable.",
         "adapt": "Turn a decoder language model into a bidirectional encoder, proved.",
         "merge": "Merge models of one shape: soups, SLERP, TIES, DARE and more.",
-        "quantize": "Quantise a model, or write it as GGUF, and compare it with its source.",
+        "quantize": "Quantise a model, or export it as GGUF or ONNX, and measure the loss.",
         "mine": "Mine hard negatives for pairs of queries and positives, resumable.",
         "eval": "Evaluate a model on your data: retrieval, similarity, labels and more.",
         "info": "Show what a model or an index is, and what would run.",

@@ -43,7 +43,7 @@ def quantize(
     quiet: QuietOption = False,
     verbose: VerboseOption = 0,
 ) -> None:
-    """Quantise a model, or write it as GGUF or ONNX, and compare it with its source.
+    """Quantise a model, or export it as GGUF or ONNX, and measure the loss.
 
     Example: gemb quantize runs/encoder -o encoder-int8 --format int8
 
