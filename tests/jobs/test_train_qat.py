@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import spawn
 
 from gemb.engine.encoder import Encoder
 from gemb.errors import GembError, MismatchError
+from gemb.jobs import quantize
 from gemb.jobs.train import TrainRecipe, plan, run
 from gemb.model.folder import read_folder
 from gemb.model.trainable import TrainableEncoder
@@ -24,7 +26,7 @@ from gemb.training.loop import Training
 from tests.conftest import Finished
 from tests.jobs.test_train import RECIPE, metrics, same, weights, write_pairs
 from tests.jobs.test_train_ranks import train_one_rank
-from tests.models import tiny_folder
+from tests.models import packed, random_texts, tiny_folder
 
 STEPS = 7
 
@@ -82,6 +84,26 @@ def test_a_trained_model_computes_in_training_what_its_export_computes(
             vectors = model(ids, lengths)
     assert float((vectors - expected).abs().max()) == 0
     assert float((vectors - plain).abs().max()) > 1e-5
+
+    settings = {"model": str(output), "output": str(tmp_path / "written"), "format": weight_format}
+    quantize.run(quantize.QuantizeRecipe.model_validate_json(json.dumps(settings)))
+    texts = random_texts((1, 9, 30))
+    written, snapped = (
+        Encoder.load(tmp_path / name, threads=1, precision="fp32") for name in ("written", "export")
+    )
+    found = written.embed(texts, as_="none")
+    assert np.array_equal(found, snapped.embed(texts, as_="none"))
+    np.testing.assert_allclose(found, _in_training(model, weight_format, texts), atol=2e-6)
+
+
+def _in_training(
+    model: TrainableEncoder, weight_format: WeightFormat, texts: list[str]
+) -> NDArray[np.float32]:
+    """The vectors that training computes."""
+    ids, lengths, rows = packed(model.folder.path, texts)
+    with torch.no_grad(), model.quantisation(weight_format).applied():
+        vectors: NDArray[np.float32] = model(torch.from_numpy(ids), lengths).numpy()[rows]
+    return vectors
 
 
 def test_scores_after_the_first_step_are_those_of_the_export_and_the_folder_keeps_the_floats(
