@@ -30,6 +30,7 @@ from gemb.errors import MachineError, UnavailableError
 from gemb.files import file_digest, os_errors_explained
 from gemb.model.folder import ModelFolder, fingerprint
 from gemb.model.hub import cache_folder
+from gemb.model.onnx import CHECKSUM, SAME_VECTORS
 from gemb.text.batches import Batch
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def _check_weights(graph: Path, session: onnxruntime.InferenceSession) -> None:
     It is not read again if size, times and inode are those of the last time; the user's cache remembers.
     Raises UnavailableError if it changed.
     """
-    expected = session.get_modelmeta().custom_metadata_map.get("gemb.weights_sha256")
+    expected = session.get_modelmeta().custom_metadata_map.get(CHECKSUM)
     if expected is None:
         return  # not written by gemb
     data = graph.with_name(f"{graph.name}_data")
@@ -225,7 +226,7 @@ def _is_graph_of(graph: Path, identity: str) -> bool:
 
     The entry is looked for in the bytes: a protobuf entry is its key, a tag, the length and the value.
     """
-    entry = f"gemb.fingerprint\x12{chr(len(identity))}{identity}".encode()  # SAME_VECTORS
+    entry = f"{SAME_VECTORS}\x12{chr(len(identity))}{identity}".encode()
     try:
         return graph.stat().st_size <= _LARGEST_GRAPH_BYTES and entry in graph.read_bytes()
     except OSError:

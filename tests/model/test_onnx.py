@@ -15,7 +15,8 @@ from gemb.errors import MismatchError
 from gemb.model.encoder import PackedEncoder
 from gemb.model.folder import fingerprint, read_folder
 from gemb.model.kernels import Kernels
-from gemb.model.onnx.encoder import GRIDS, SAME_VECTORS, WeightKind, write_graph
+from gemb.model.onnx import SAME_VECTORS
+from gemb.model.onnx.encoder import GRIDS, WeightKind, write_graph
 from gemb.quantization.roles import role_of
 from tests.models import MODES, SORTS, packed, random_texts, tiny_folder
 

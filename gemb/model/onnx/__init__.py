@@ -7,3 +7,8 @@ so the mathematics of each family stands in one place only, `layers` says what e
 B texts, L tokens of the longest one, D width of the states, K of the vectors; H query heads, G key and value
 heads, C channels of a head.
 """
+
+SAME_VECTORS = "gemb.fingerprint"
+"""The metadata of a graph that gives the vectors of the model with this fingerprint; others lack it."""
+CHECKSUM = "gemb.weights_sha256"
+"""The metadata that has the checksum of the file of weights."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gemb.errors import MismatchError
 from gemb.model.families import FAMILIES, NotPacked
 from gemb.model.folder import DenseSettings, LayerNormSettings, ModelFolder, ModuleSpec, fingerprint
+from gemb.model.onnx import SAME_VECTORS
 from gemb.model.onnx.graph import Graph, Value
 from gemb.model.onnx.layers import LayerWriter
 from gemb.model.trainable import bert, gated
@@ -39,9 +40,6 @@ _BUILDERS: Mapping[str, Callable[[Mapping[str, Any], ParameterTree], GatedBackbo
     "modernbert": gated.modernbert,
 }
 """By the file of the family in `gemb.model.families`."""
-
-SAME_VECTORS = "gemb.fingerprint"
-"""The metadata of a graph that gives the vectors of the model with this fingerprint; others lack it."""
 
 _NORM_EPSILON = 1e-5  # of torch.nn.LayerNorm
 _LEAST_LENGTH = 1e-12  # of torch.nn.functional.normalize

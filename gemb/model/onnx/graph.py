@@ -16,6 +16,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from gemb.model.onnx import CHECKSUM
+
 Value: TypeAlias = str
 """The name of a tensor in the graph."""
 Axis: TypeAlias = int | str
@@ -27,8 +29,6 @@ IR_VERSION = 10  # what onnxruntime 1.18 reads, too; onnx itself would write its
 MICROSOFT = "com.microsoft"
 """The domain of onnxruntime's own operators; a graph has it only where weights are whole numbers."""
 ALIGNMENT = 4096  # a page, so that weights can be mapped from the file
-CHECKSUM = "gemb.weights_sha256"
-"""The metadata that has the checksum of the file of weights."""
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
 
