@@ -36,6 +36,7 @@ TEXTS = SHARED_DATA / "text" / "docs.train.jsonl.gz"
 MAX_TOKENS = 512
 VOCABULARY = 8192
 SENTINELS = 100
+_LEAST_TOKENS = 8  # of a row; headings teach little
 SEED = 11
 PAD, END, START = 0, 1, 2
 
@@ -104,7 +105,10 @@ def texts() -> Iterator[str]:
 
 
 def read_rows(folder: Path, count: int, *, is_causal: bool) -> list[TokenRow]:
-    """`count` rows of whole documents cut at MAX_TOKENS: for a decoder as they are, else corrupted by UL2."""
+    """`count` rows of at most MAX_TOKENS tokens in no order: paragraphs for a decoder, as they are.
+
+    For an encoder-decoder whole documents, cut and corrupted by UL2.
+    """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -113,18 +117,19 @@ def read_rows(folder: Path, count: int, *, is_causal: bool) -> list[TokenRow]:
     frame = Frame(before=(START,), after=(), start=START, end=END)
     rows: list[TokenRow] = []
     for text in texts():
-        ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
-        for first in range(0, len(ids), MAX_TOKENS):
-            body = ids[first : first + MAX_TOKENS]
-            if len(body) < 2 or len(rows) >= count * 8:
-                continue
-            row = (
-                causal_row(body, frame, ends=True)
-                if is_causal
-                else denoising_row(body, drawn(UL2, generator), sentinels, frame, generator)
-            )
-            rows.append(_as_lists(row))
-        if len(rows) >= count * 8:
+        for part in text.split("\n\n") if is_causal else [text]:
+            ids = np.array(tokenizer.encode(part, add_special_tokens=False).ids, dtype=np.int32)
+            for first in range(0, len(ids), MAX_TOKENS):
+                body = ids[first : first + MAX_TOKENS]
+                if len(body) < _LEAST_TOKENS:
+                    continue
+                row = (
+                    causal_row(body, frame, ends=True)
+                    if is_causal
+                    else denoising_row(body, drawn(UL2, generator), sentinels, frame, generator)
+                )
+                rows.append(_as_lists(row))
+        if len(rows) >= 8 * count:
             break
     # Rows of one document are not neighbours, as in a shuffled training.
     return [rows[place] for place in generator.permutation(len(rows))[:count]]
