@@ -72,11 +72,11 @@ def karcher(
 
 
 def multislerp(tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor | None = None) -> Tensor:
-    """[S], one step of a mean on the sphere: cheaper than Karcher, and close to it for directions near by.
+    """[S], the weighted mean of the directions at that of the lengths: near to Karcher's mean, and cheaper.
 
-    The directions are projected on the tangent plane at their normalised mean, averaged there and taken back
-    by the exponential map, at the weighted mean of the lengths. With `base` it is done with the deltas.
-    No paper; the formula is that of mergekit's method of this name.
+    With `base` it is that of the deltas. No paper; it is mergekit's method of this name, which also takes a
+    step on the tangent plane at that mean. The step is 0: what the directions have across their own mean
+    cancels out.
 
     Raises ValueError if the weights sum to 0.
     """
@@ -87,16 +87,12 @@ def multislerp(tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor
     flat = [(tensor if base is None else tensor - base).reshape(-1) for tensor in tensors]
     lengths = [float(torch.linalg.vector_norm(one)) for one in flat]
     units = [one / (length + 1e-8) for one, length in zip(flat, lengths, strict=True)]
-    mean = _combined(units, shares)
-    length = float(torch.linalg.vector_norm(mean))
-    if length < 1e-8:  # the directions cancel each other out, so the sphere has no mean
+    result = _combined(units, shares)
+    radius = float(torch.linalg.vector_norm(result))
+    if radius < 1e-8:  # the directions cancel each other out, so the sphere has no mean
         result = _combined(flat, shares)
     else:
-        mean /= length
-        tangent = _combined([unit - torch.dot(unit, mean) * mean for unit in units], shares)
-        angle = torch.linalg.vector_norm(tangent) + 1e-8
-        result = mean * torch.cos(angle) + tangent * (torch.sin(angle) / angle)
-        result *= sum(share * length for share, length in zip(shares, lengths, strict=True))
+        result *= sum(share * length for share, length in zip(shares, lengths, strict=True)) / radius
     result = result.reshape(tensors[0].shape)
     return result if base is None else base + result
 

@@ -1,5 +1,7 @@
 """SLERP, multi-SLERP and the Karcher mean."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,6 +41,21 @@ def test_the_mean_of_identical_tensors_is_that_tensor() -> None:
     torch.testing.assert_close(karcher([one, one, one], [1, 2, 1]), one)
     torch.testing.assert_close(multislerp([one, one, one], [1, 2, 1]), one, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(slerp(one, one, 0.3), one)
+
+
+@pytest.mark.parametrize("method", [karcher, multislerp])
+def test_the_length_is_the_weighted_mean_of_the_lengths(
+    method: Callable[[list[Tensor], list[float]], Tensor],
+) -> None:
+    one, two = (unit(each) for each in drawn(2, 7))
+    torch.testing.assert_close(method([one, 5 * one], [3, 1]), 2 * one, atol=1e-7, rtol=0)
+    assert method([one, 5 * two], [3, 1]).norm() == pytest.approx(2)
+
+
+def test_multislerp_of_right_angles_is_the_weighted_mean_of_the_directions() -> None:
+    east, north = torch.eye(2, dtype=torch.float64)
+    expected = torch.tensor([1, 3], dtype=torch.float64) / 10**0.5 * 2.5  # lengths 1 and 3, weights 1 and 3
+    torch.testing.assert_close(multislerp([east, 3 * north], [1, 3]), expected, atol=1e-7, rtol=0)
 
 
 def test_multislerp_is_close_to_karcher_where_directions_are_near() -> None:
