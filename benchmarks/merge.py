@@ -1,7 +1,8 @@
 """`gemb merge` against mergekit: three models of one shape, linear and TIES, time and peak memory.
 
-Each merge is a process of its own, ours and theirs in turn. Peak memory is counted twice: VmHWM, with the
-pages of mapped files, and the highest sum of anonymous pages (RssAnon), which is what a process needs.
+Each merge is a process of its own, ours and theirs in turn. Peak memory is counted twice, each time over the
+process and all that it starts: VmHWM, with the pages of mapped files, and the highest sum of anonymous pages
+(RssAnon), which is what a merge needs.
 mergekit is installed without its dependencies into a folder beside the models; it runs with our packages.
 
     python -m benchmarks.merge                    some minutes, 8 GB of disk
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,14 +85,11 @@ def measured(name: str, method: str, command: list[str], threads: int, path: str
         process = subprocess.Popen(
             command, stderr=stderr, stdout=subprocess.DEVNULL, cwd=REPOSITORY, env=environment
         )
-        status, peak, anonymous = Path(f"/proc/{process.pid}/status"), 0, 0
+        peak = anonymous = 0
         while process.poll() is None:
-            try:
-                text = status.read_text(encoding="utf-8")
-            except (FileNotFoundError, ProcessLookupError):
-                break
-            peak = max(peak, _kib(text, "VmHWM:") * 1024)
-            anonymous = max(anonymous, _kib(text, "RssAnon:") * 1024)
+            statuses = list(_statuses(process.pid))
+            peak = max(peak, sum(_kib(text, "VmHWM:") for text in statuses) * 1024)
+            anonymous = max(anonymous, sum(_kib(text, "RssAnon:") for text in statuses) * 1024)
             time.sleep(POLL_SECONDS)
         if process.wait():
             stderr.seek(0)
@@ -99,6 +97,18 @@ def measured(name: str, method: str, command: list[str], threads: int, path: str
     wall, after = time.perf_counter() - started, os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return Run(name, method, wall, cpu, peak, anonymous)
+
+
+def _statuses(process: int) -> Iterator[str]:
+    """/proc/PID/status of a process and of all that it started and that are still there."""
+    try:
+        yield Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+        threads = list(Path(f"/proc/{process}/task").iterdir())
+        children = [child for one in threads for child in (one / "children").read_text("ascii").split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    for child in children:
+        yield from _statuses(int(child))
 
 
 def _kib(status: str, key: str) -> int:
