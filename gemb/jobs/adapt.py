@@ -82,7 +82,7 @@ class AdaptRecipe(Recipe):
     """Longest text in tokens; by default all positions of the model, and at most 2,048."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of attention weights and of hidden numbers that is left out at random in a later fine-tuning;
-    written to config.json, from where gemb train takes it. transformers heeds what the class has a rate for."""
+    written to config.json, where gemb train finds it; transformers heeds what the class has a rate for."""
     keep_layers: tuple[int, ...] = ()
     """Layers that stay, counted from 0, such as 0,2,4; by default all."""
     keep_vocab: tuple[RecipeInput, ...] = ()

@@ -82,6 +82,8 @@ _NOISE = frozenset({
     "classifier_dropout", "embedding_dropout", "mlp_dropout", "torchscript", "chunk_size_feed_forward",
     "transformers.js_config",
 })  # fmt: skip
+_HIDDEN_DROPOUTS = ("hidden_dropout_prob", "dropout_rate", "mlp_dropout", "dropout")  # one a family
+_ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob")
 _EMBEDDING_GEMMA_DIMS = (768, 512, 256, 128)  # EmbeddingGemma, arXiv 2509.20354, and its model card
 _EMBEDDING_GEMMA_QUERY = "task: search result | query: "
 
@@ -222,6 +224,16 @@ class ModelFolder:
     def text_config(self) -> Mapping[str, Any]:
         """The part of `config` that describes the text backbone; `config` itself unless it nests one."""
         return _text_config(self.config)
+
+    @property
+    def dropout_rates(self) -> tuple[float, float]:
+        """Shares of hidden numbers and of attention weights that config.json has for training; else 0."""
+        config = self.text_config
+        hidden, attention = (
+            next((float(config[key]) for key in keys if isinstance(config.get(key), int | float)), 0.0)
+            for keys in (_HIDDEN_DROPOUTS, _ATTENTION_DROPOUTS)
+        )
+        return hidden, attention
 
     def weights(self) -> Weights:
         """The tensors of the backbone, names as they stand in the files; headers are read now."""

@@ -81,6 +81,9 @@ class DistillRecipe(TrainRecipe):
     """Whose vectors are learnt."""
     student: StudentSettings | None = None
     """A model made from another one; in place of `model`."""
+    dropout: float | None = Field(default=0.0, ge=0, lt=1)
+    """Share of the hidden numbers that are left out at random while training; null takes the shares of the
+    model's config.json. The vectors to be matched are made without."""
     losses: tuple[AnyTerm, ...] = (MatchingTerm(name="matching"),)
     """The terms of the loss; at least one of matching and score_matching."""
 

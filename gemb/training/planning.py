@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemb.errors import GembError
 from gemb.files import free_bytes, readable_bytes
@@ -28,6 +29,9 @@ from gemb.training.session import (
 )
 from gemb.training.setup import Material, Setup, prepare
 from gemb.training.teaching import OpenTeacher
+
+if TYPE_CHECKING:
+    from gemb.model.trainable import TrainableEncoder
 
 
 def make_plan(recipe: TrainRecipe, material: Material, open_teacher: OpenTeacher | None = None) -> Plan:
@@ -70,6 +74,14 @@ def _prepared(
             yield setup
 
 
+def _dropout(encoder: TrainableEncoder) -> list[tuple[str, str]]:
+    """What is left out at random, if anything."""
+    hidden, attention = encoder.computation.dropout, encoder.computation.attention_dropout
+    if not hidden and not attention:
+        return []
+    return [("dropout", f"{hidden:g} of the hidden numbers, {attention:g} of the attention weights")]
+
+
 def _planned(setup: Setup, output: Path) -> Plan:
     recipe = setup.recipe
     encoder = load_encoder(setup)
@@ -101,6 +113,7 @@ def _planned(setup: Setup, output: Path) -> Plan:
     rows = [
         ("model", f"{setup.model_name}, {numbers:,} parameters, {total_parameters(parameters):,} trained"),
         *([("teacher", f"{setup.teaching.name}, {setup.teaching.dims} wide")] if setup.teaching else []),
+        *_dropout(encoder),
         ("device", setup.device.line),
         ("length", f"{counted(steps, 'step')}" if steps is not None else f"{tokens:,} tokens"),
         ("batch", f"{batch.pairs:,} pairs, about {len(batch.ids):,} tokens; "

@@ -337,6 +337,9 @@ class TrainRecipe(RunRecipe):
     """The terms of the loss, added up; each is logged apart."""
     matryoshka: MatryoshkaSettings = MatryoshkaSettings()
     """Widths to which the vectors may be cut later."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)  # type: ignore[assignment]  # may be left open
+    """Share of the hidden numbers that are left out at random while training; by default the shares of hidden
+    numbers and of attention weights that the model's config.json has."""
     qat: QatSettings | None = None
     """Train for an integer format; by default for floats. Scores after the first step are those of the
     quantised model, and the folder keeps the weights in full precision."""

@@ -220,11 +220,14 @@ class MemoryPlanner:
 
 def load_encoder(setup: Setup) -> TrainableEncoder:
     """The trainable model of a setup, on its device."""
+    given = setup.recipe.dropout
+    dropout, attention_dropout = setup.model.dropout_rates if given is None else (given, 0.0)
     encoder = TrainableEncoder.load(
         setup.model,
         device=setup.device.name,
         precision=setup.device.precision,
-        dropout=setup.recipe.dropout,
+        dropout=dropout,
+        attention_dropout=attention_dropout,
     )
     if (lora := setup.recipe.lora) is not None:
         encoder.train_low_rank(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=setup.recipe.seed)

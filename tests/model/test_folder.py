@@ -718,3 +718,23 @@ def test_weights_of_a_pooling_that_do_not_fit_its_settings_are_told(tmp_path: Pa
     (place / "1_Pooling/model.safetensors").unlink()
     with pytest.raises(UnavailableError, match="1_Pooling has no weights"):
         read_folder(place)
+
+
+# --- dropout
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "rates"),
+    [
+        ("gemma3", {"attention_dropout": 0.2}, (0.0, 0.2)),
+        ("gemma3", {"attention_dropout": 0.2, "hidden_dropout_prob": 0.1}, (0.1, 0.2)),
+        ("bert", {"attention_probs_dropout_prob": 0.3, "hidden_dropout_prob": 0.4}, (0.4, 0.3)),
+        ("modernbert", {"attention_dropout": 0.1, "mlp_dropout": 0.2}, (0.2, 0.1)),
+        ("distilbert", {"attention_dropout": 0.1, "dropout": 0.2}, (0.2, 0.1)),
+    ],
+)
+def test_the_rates_of_the_folder_are_read(
+    name: str, keys: dict[str, float], rates: tuple[float, float], tmp_path: Path
+) -> None:
+    folder = read_folder(tiny_folder(tmp_path / "model", name, config=keys))
+    assert folder.dropout_rates == rates

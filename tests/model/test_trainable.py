@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from gemb.device import processor
 from gemb.errors import GembError, MismatchError
+from gemb.model.attention import CAUSAL, FULL, Reach
 from gemb.model.encoder import PackedEncoder
 from gemb.model.folder import read_folder
 from gemb.model.kernels import Kernels
+from gemb.model.layout import Layout
 from gemb.model.trainable import TrainableEncoder
+from gemb.model.trainable.functions import AttentionSettings, packed_attention
 from tests.models import (
     MODES,
     OWN_MODES,
@@ -343,12 +346,61 @@ def test_dropout_changes_vectors_in_training_only_and_repeats_with_the_seed(
     assert torch.equal(model.eval()(ids, lengths), plain(ids, lengths))
 
 
+@pytest.mark.parametrize("name", ["gemma3", "gemma2", "bert", "modernbert", "llama"])
+def test_attention_dropout_changes_vectors_in_training_only_and_repeats_with_the_seed(
+    tmp_path: Path, name: str
+) -> None:
+    folder = tiny_folder(tmp_path / "model", name)
+    ids, lengths = ids_of(folder)
+    model, plain = trainable(folder, attention_dropout=0.1), trainable(folder)
+
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        vectors: Tensor = model(ids, lengths)
+        return vectors
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.allclose(run(1), run(2), atol=1e-3)
+    assert torch.equal(model.eval()(ids, lengths), plain(ids, lengths))
+
+
+@pytest.mark.parametrize("reach", [FULL, CAUSAL, Reach(3, 3)], ids=str)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("shared", [1, 2, 4])
+def test_attention_with_dropout_has_the_gradients_of_finite_differences(
+    reach: Reach, softcap: float | None, shared: int
+) -> None:
+    lengths = np.array([11, 11, 3, 1], dtype=np.int32)
+    settings = AttentionSettings(4, shared, 6, 0.4, reach, softcap, dropout=0.3)
+    random = torch.Generator().manual_seed(2)
+    raw = torch.randn(26, (4 + 2 * shared) * 6, generator=random, dtype=torch.float64, requires_grad=True)
+
+    def run(raw: Tensor) -> Tensor:
+        torch.manual_seed(9)
+        return packed_attention(raw, None, None, settings, Layout.of(lengths), None)
+
+    assert torch.autograd.gradcheck(run, (raw,), fast_mode=True)
+
+
+def test_attention_dropout_leaves_out_its_share_and_keeps_the_mean() -> None:
+    # All keys alike, one channel of ones: the result is the sum of the weights that are left, scaled.
+    lengths = np.array([400] * 4, dtype=np.int32)
+    settings = AttentionSettings(2, 2, 2, 1.0, dropout=0.25)
+    raw = torch.zeros(1600, 12)
+    raw[:, 8:] = 1
+    torch.manual_seed(1)
+    mixed = packed_attention(raw, None, None, settings, Layout.of(lengths), None)
+    assert abs(mixed.mean().item() - 1) < 2e-3
+    # A sum of 400 weights of 1/400, each 0 or 4/3 of it: variance 1/400 x 0.25 / 0.75.
+    assert mixed[:, 0].std().item() == pytest.approx((0.25 / 0.75 / 400) ** 0.5, rel=0.1)
+
+
 def test_recomputed_layers_drop_the_same_numbers(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
     ids, lengths = ids_of(folder)
     found = []
     for recompute in ("nothing", "layers"):
-        model = trainable(folder, dropout=0.1, recompute=recompute)
+        model = trainable(folder, dropout=0.1, attention_dropout=0.1, recompute=recompute)
         torch.manual_seed(4)
         found.append(gradients(model, model(ids, lengths)))
     assert all(torch.equal(found[1][name], found[0][name]) for name in found[0])

@@ -38,6 +38,8 @@ class Family:
     """[V, D], the token embeddings."""
     dropouts: tuple[str, ...] = ("attention_dropout",)
     """The rates that the encoder's class has for training."""
+    hidden_dropout: str = "hidden_dropout_prob"
+    """The rate of hidden numbers; BERT's name for it, which gemb heeds, where the class has none."""
     part: str = ""
     """What stands before the names in the source, where its text model is a part of it."""
     spellings: Mapping[str, str] = field(default_factory=dict)
@@ -61,6 +63,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             joins={"attn.Wqkv": ("attn.q_proj", "attn.k_proj", "attn.v_proj")},
             table="embeddings.tok_embeddings.weight",
             dropouts=("attention_dropout", "embedding_dropout", "mlp_dropout"),
+            hidden_dropout="mlp_dropout",
         ),
     }
 )
@@ -169,6 +172,8 @@ def adapted_config(
         config["layer_types"] = [config["layer_types"][layer] for layer in keep_layers]
     config["num_hidden_layers"] = len(keep_layers) or read["num_hidden_layers"]
     config.update(dict.fromkeys(family.dropouts, dropout))
+    if dropout:
+        config[family.hidden_dropout] = dropout
     if cut is not None:
         renumber(config, cut.new_ids)
         config["vocab_size"] = len(cut.kept)

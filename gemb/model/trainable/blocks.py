@@ -38,13 +38,14 @@ class Computation:
     dtype: torch.dtype | None = None
     """Of products and attention; None is that of the parameters. Norms and the stream stay in theirs."""
     dropout: float = 0.0
-    """Share of numbers dropped from what each sub-layer brings back, and from the embeddings. Attention
-    scores are not dropped."""
+    """Share of numbers dropped from what each sub-layer brings back, and from the embeddings."""
     recompute: Recompute = "nothing"
     sparse_table: bool = True
     """Whether the gradient of the token table holds only the rows that are used."""
     trains: bool = True
     """Whether dropout is on."""
+    attention_dropout: float = 0.0
+    """Share of the weights of self-attention that is dropped; attention is then not fused, and slower."""
 
     def of(self, x: Tensor) -> torch.dtype:
         """The dtype of products of `x`."""
@@ -141,6 +142,8 @@ class Attention:
         )
         turns = None if self.rotary is None else turns_of(self.rotary, layout, x.dtype)
         if source is None:
+            if computation.trains and computation.attention_dropout:
+                settings = replace(settings, dropout=computation.attention_dropout)
             mixed = packed_attention(raw, query_gain, key_gain, settings, layout, turns)
         else:
             order = pair_order(replace(settings, heads=0)) if has_turns else None

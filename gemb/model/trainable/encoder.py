@@ -72,6 +72,7 @@ class TrainableEncoder(nn.Module):
         device: str = "cpu",
         precision: Precision = "fp32",
         dropout: float = 0.0,
+        attention_dropout: float = 0.0,
         recompute: Recompute = "nothing",
         sparse_table: bool = True,
     ) -> Self:
@@ -83,7 +84,10 @@ class TrainableEncoder(nn.Module):
         Raises MismatchError for a family that has no packed training, or quantised weights.
         """
         dtype = torch.bfloat16 if precision == "bf16" else None
-        return cls(folder, Computation(dtype, dropout, recompute, sparse_table)).to(device)
+        computation = Computation(
+            dtype, dropout, recompute, sparse_table, attention_dropout=attention_dropout
+        )
+        return cls(folder, computation).to(device)
 
     @property
     def dims(self) -> int:
