@@ -218,10 +218,11 @@ def measures(model: Path, sets: Sequence[str]) -> dict[str, float]:
         encoder.close()
 
 
-def append(line: Mapping[str, object]) -> None:
+def append(line: Mapping[str, object], lines: Path | None = None) -> None:
     """Add one line, on the disk when this returns; what a crash left half-written is ended first."""
-    LINES.parent.mkdir(exist_ok=True)
-    with LINES.open("ab+") as file:
+    lines = lines or LINES
+    lines.parent.mkdir(exist_ok=True)
+    with lines.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
