@@ -28,7 +28,7 @@ from gemb.model.adapting.key_maps import is_encoder_decoder
 from gemb.model.attention import describe, is_bidirectional, reach_of_layers
 from gemb.model.folder import ModelFolder, read_folder
 from gemb.model.hub import find_model
-from gemb.model.pruned import write_pruned
+from gemb.model.pruned import check_layers, count_layers, vocabulary_for, write_pruned
 from gemb.recipe import ModelName, Recipe, RecipeInput, RecipePath, resolved
 from gemb.report import Event, OnProgress, Plan, Report, ignore
 
@@ -179,7 +179,7 @@ def plan(recipe: AdaptRecipe) -> Plan:
         _only_cuts(recipe, source)
         needs = source.weights().size_bytes
         check_writable(output, needs)
-        rows = [("source", str(source.path)), ("size at most", readable_bytes(needs))]
+        rows = [("source", str(source.path)), *_cuts(recipe, source), ("size at most", readable_bytes(needs))]
         return Plan(title=f"would cut {source.path} smaller into {output}", rows=rows, outputs=[output])
     adaptation = _adaptation(recipe, source)
     check_writable(output, adaptation.size_bytes)
@@ -314,6 +314,16 @@ def _only_cuts(recipe: AdaptRecipe, source: ModelFolder) -> None:
             f"{source.path}: {source.family} is bidirectional already; of an encoder only --keep-layers and "
             f"--keep-vocab make another one{asked}"
         )
+
+
+def _cuts(recipe: AdaptRecipe, source: ModelFolder) -> list[tuple[str, str]]:
+    """Layers and rows of the table, before and after. Raises GembError where they cannot be cut."""
+    layers, entries = count_layers(source, source.weights()), int(source.text_config["vocab_size"])
+    kept, texts, left = recipe.keep_layers or tuple(range(layers)), _texts(recipe), entries
+    check_layers(source, kept, layers)
+    if texts is not None:
+        left = len(vocabulary_for(source, texts, entries, recipe.vocabulary).kept)
+    return [("layers", f"{layers} → {len(kept)}"), ("vocabulary", f"{entries:,} → {left:,}")]
 
 
 def _cut_encoder(

@@ -86,7 +86,7 @@ def write_pruned(
     from gemb.model.trainable.saving import appearing, copy_files
 
     weights = source.weights()
-    layers = _layers(source, weights)
+    layers = count_layers(source, weights)
     kept_layers = tuple(keep_layers) or tuple(range(layers))
     check_layers(source, kept_layers, layers)
     rows = int(source.text_config["vocab_size"])
@@ -112,7 +112,7 @@ def write_pruned(
     return Pruned((layers, len(kept_layers)), vocabulary, (weights.parameters + others, after + others))
 
 
-def _layers(source: ModelFolder, weights: Weights) -> int:
+def count_layers(source: ModelFolder, weights: Weights) -> int:
     """How many layers the backbone has. Raises MismatchError if its tensors cannot be told by layer."""
     declared = next((int(source.text_config[key]) for key in _COUNTS if key in source.text_config), 0)
     found = {int(match[2]) for name in weights if (match := _LAYER.fullmatch(name))}

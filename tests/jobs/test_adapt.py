@@ -17,7 +17,7 @@ from gemb.jobs.adapt import AdaptRecipe, plan, run
 from gemb.model.folder import read_folder
 from gemb.recipe import load, shipped_recipes
 from tests.conftest import DATA, Finished, modules_after
-from tests.models import tiny_folder
+from tests.models import OWN_MODES, random_texts, tiny_folder
 
 STORIES = DATA / "models" / "stories260K-hf"
 RECIPES = {recipe.name: yaml.safe_load(recipe.text) for recipe in shipped_recipes()}
@@ -79,8 +79,10 @@ def test_an_encoder_is_cut_but_not_adapted(models: Path, tmp_path: Path) -> None
     cut = AdaptRecipe(
         source=source, output=output, keep_layers=(0, 2), keep_vocab=(str(tmp_path / "texts.txt"),)
     )
+    planned = dict(plan(cut).rows)
     report = run(cut)
-    assert dict(report.rows)["layers"] == "4 → 2"
+    assert dict(report.rows)["layers"] == planned["layers"] == "4 → 2"
+    assert dict(report.rows)["vocabulary"] == planned["vocabulary"]
     assert len(list(output.glob("*.safetensors"))) == 1
     assert json.loads((output / "adapt_report.json").read_text())["layers"] == [4, 2]
     for recipe in (
@@ -95,6 +97,32 @@ def test_an_encoder_is_cut_but_not_adapted(models: Path, tmp_path: Path) -> None
                 f"{source}: gemma3_text is bidirectional already; of an encoder only --keep-layers and "
                 f"--keep-vocab make another one{given}"
             )
+
+
+@pytest.mark.parametrize("source", ["decoder", "encoder"])
+def test_a_layer_that_is_not_there_is_told_before_anything_is_written(
+    source: str, models: Path, tmp_path: Path
+) -> None:
+    recipe = AdaptRecipe(source=str(models / source), output=tmp_path / "out", keep_layers=(0, 4))
+    for job in (plan, run):
+        with pytest.raises(MismatchError) as told:
+            job(recipe)
+        assert str(told.value) == f"keep_layers has 4, but {models / source} has layers 0 to 3"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pooling", OWN_MODES)
+def test_an_encoder_with_a_pooling_of_gemb_keeps_it_when_it_is_cut(pooling: str, tmp_path: Path) -> None:
+    source = tiny_folder(tmp_path / "source", "bert", pooling=pooling)
+    texts = random_texts([9, 20])
+    (tmp_path / "texts.txt").write_text("\n".join(texts), "utf-8")
+    recipe = AdaptRecipe(
+        source=str(source), output=tmp_path / "out", keep_vocab=(str(tmp_path / "texts.txt"),)
+    )
+    run(recipe)
+    before, after = (Encoder.load(tmp_path / name).embed(texts) for name in ("source", "out"))
+    assert np.array_equal(before, after)
+    assert read_folder(tmp_path / "out").pooling == read_folder(source).pooling
 
 
 @pytest.mark.parametrize(
