@@ -116,8 +116,9 @@ class Pair:
 
 def check_pair(pair: Pair) -> None:
     """Raises MismatchError unless both are decoders of one family that fit together, all reasons at once."""
-    for source in dict.fromkeys((pair.encoder.path, pair.decoder.path)):
-        _check_decoder(pair.encoder if source == pair.encoder.path else pair.decoder)
+    _check_decoder(pair.encoder)
+    if not pair.is_balanced:
+        _check_decoder(pair.decoder)
     problems = list(_unequal(pair))
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems)
@@ -134,7 +135,8 @@ def _check_decoder(source: ModelFolder) -> None:
         raise MismatchError(
             f"{source.path}: {source.family} is an encoder-decoder already; --to encoder takes its encoder"
         )
-    if is_bidirectional(reach_of_layers(config) or ()) and reach_of_layers(config):
+    reaches = reach_of_layers(config)
+    if reaches and is_bidirectional(reaches):
         raise MismatchError(
             f"{source.path}: {kind} is bidirectional already; an encoder-decoder is made of a decoder, "
             "such as google/gemma-2-2b"
