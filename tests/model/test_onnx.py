@@ -151,6 +151,8 @@ def test_a_graph_of_floats_is_plain_onnx_and_passes_its_checker(tmp_path: Path) 
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     assert {node.domain for node in model.graph.node} == {""}
     assert [opset.domain for opset in model.opset_import] == [""]
+    used = {name for node in model.graph.node for name in node.input}
+    assert used >= {weight.name for weight in model.graph.initializer}
 
 
 def test_the_file_tells_whose_graph_it_is(tmp_path: Path) -> None:

@@ -153,13 +153,14 @@ def _all_steps(
     """All modules after pooling, x[B, D] -> [B, K]."""
     graph = writer.graph
     has_products = any(isinstance(module.settings, DenseSettings) for module, _ in steps)
-    first, last = graph.constant([0]), graph.constant([-1])
     if has_products:
         # A second row beside a lone one: the product of a single row is summed in another order.
-        x = graph.op("Concat", x, graph.op("Gather", x, first), axis=0)
+        x = graph.op("Concat", x, graph.op("Gather", x, graph.constant([0])), axis=0)
     for module, layers in steps:
         x = _step(writer, x, module, layers)
-    return graph.op("Slice", x, first, last, first) if has_products else x
+    if has_products:
+        x = graph.op("Slice", x, graph.constant([0]), graph.constant([-1]), graph.constant([0]))
+    return x
 
 
 def _step(writer: LayerWriter, x: Value, module: ModuleSpec, layers: Mapping[str, Tensors]) -> Value:
