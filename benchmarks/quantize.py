@@ -50,7 +50,17 @@ def run(model: str, *, texts: int, rounds: int, threads: int, console: Console) 
         records = {name: read_json(folders[name] / "gemb.json") for name in FORMATS}
         for number in range(rounds + 1):  # the first fills the caches
             for name, folder in folders.items():
-                command = [*gemb, "embed", str(place / "texts.txt"), "-m", str(folder), "--precision", "fp32"]
+                command = [
+                    *gemb,
+                    "embed",
+                    str(place / "texts.txt"),
+                    "-m",
+                    str(folder),
+                    "--precision",
+                    "fp32",
+                    "--engine",
+                    "torch",
+                ]
                 output = ["-o", str(place / "vectors.npy"), "--overwrite", *common]
                 one = measured("embed", name, [*command, *output], threads, "")
                 if number:

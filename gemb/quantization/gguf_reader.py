@@ -218,9 +218,8 @@ class _Cursor:
         if inner == STRING:
             return self.strings(count, what)
         letter = self._letter(inner, what)
-        size = struct.calcsize(letter)
-        taken = self.take(count * size, what)
-        return [number for (number,) in struct.iter_unpack("<" + letter, taken)]
+        taken = self.take(count * struct.calcsize(letter), what)
+        return list(struct.unpack(f"<{count}{letter}", taken))
 
     def _letter(self, kind: int, what: str) -> str:
         if kind not in NUMBER_FORMATS:
