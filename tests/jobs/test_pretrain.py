@@ -319,6 +319,21 @@ def test_an_encoder_decoder_is_not_for_causal_pretraining_or_a_warm_up_it_has_no
     )
 
 
+def test_a_warm_up_leaves_all_but_the_cross_attention_as_it_was(place: Path, tmp_path: Path) -> None:
+    tiny_folder(tmp_path / "gemma2", "gemma2 as a decoder")
+    made = tmp_path / "t5gemma"
+    adapt(AdaptRecipe(source=str(tmp_path / "gemma2"), output=made, to="encoder-decoder"))
+    changes = (f"model={made}", "objective={name: prefix_lm}", "dropout=0.0", "evaluation.texts=[]")
+    before = load_file(made / "model.safetensors")
+    for steps, changed in ((2, {"cross_attn"}), (3, {"cross_attn", "self_attn", "mlp", "embed_tokens"})):
+        output = tmp_path / f"after {steps}"
+        trained(place, output, *changes, f"steps={steps}", "cross_attention_only=2")
+        after = load_file(output / "model.safetensors")
+        moved = {name for name, one in after.items() if not torch.equal(one, before[name].float())}
+        assert all("cross_attn" in name for name in moved) == (steps == 2)
+        assert all(any(part in name for name in moved) for part in changed)
+
+
 def test_the_pretraining_recipes_are_those_of_the_sources() -> None:
     assert NAMES == [
         "embeddinggemma/2-pretrain",
