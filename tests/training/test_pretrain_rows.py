@@ -1,6 +1,7 @@
 """Objectives bound to a model's tokens: rows that fit, and errors that name what is missing."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,14 @@ def test_no_row_is_longer_than_max_tokens_and_each_has_a_target(objective: str, 
 
 def test_a_row_follows_from_seed_epoch_and_place_only() -> None:
     made = maker("ul2")
-    row = made.of(piece(30, 3, 2), 5, 1)
-    made.of(piece(12, 8), 5, 1)
-    assert made.of(piece(30, 3, 2), 5, 1).row.source.tolist() == row.row.source.tolist()
-    others = [made.of(piece(30, 3, 1), 5, 1), made.of(piece(30, 3, 2), 5, 2), made.of(piece(30, 3, 2), 6, 1)]
-    assert any(other.row.source.tolist() != row.row.source.tolist() for other in others)
+
+    def sources(seed: int, epoch: int, number: int, texts: Iterable[int] = range(20)) -> list[list[int]]:
+        return [made.of(piece(30, text, number), seed, epoch).row.source.tolist() for text in texts]
+
+    rows = sources(5, 1, 2)
+    assert sources(5, 1, 2, reversed(range(20))) == rows[::-1]
+    for other in (sources(6, 1, 2), sources(5, 2, 2), sources(5, 1, 1), sources(5, 1, 2, range(1, 21))):
+        assert other != rows
 
 
 def test_the_default_mixture_is_that_of_t5gemma_2() -> None:
