@@ -100,9 +100,11 @@ class _HeadLoss(torch.autograd.Function):
         weight = table.to(dtype)
         sums = torch.zeros(2, dtype=torch.float64, device=states.device)
         correct = torch.zeros((), dtype=torch.int64, device=states.device)
-        for rows in _slices(len(states), _chunk_tokens(len(table))):
+        step = min(len(states), _chunk_tokens(len(table)))
+        room = states.new_empty(step, len(table), dtype=dtype)  # one for all chunks: new pages cost a pass
+        for rows in _slices(len(states), step):
             entered = states[rows].to(dtype)
-            scores = entered @ weight.T  # [rows, V]; becomes its own gradient
+            scores = torch.mm(entered, weight.T, out=room[: len(entered)])  # becomes its own gradient
             theirs = None if teacher is None else _teacher_scores(teacher, rows)
             for piece in _slices(len(scores), max(1, PIECE_NUMBERS // len(table))):
                 mix = None if theirs is None or teacher is None else (theirs[piece], teacher)
@@ -136,7 +138,7 @@ def _chunk_tokens(vocabulary: int) -> int:
 
 
 def _slices(count: int, step: int) -> Iterator[slice]:
-    for first in range(0, count, step):
+    for first in range(0, count, max(1, step)):
         yield slice(first, min(first + step, count))
 
 

@@ -1,4 +1,4 @@
-"""The order in which rows of two towers are computed: equal lengths side by side, each row with its source."""
+"""The order in which rows of two towers are computed: equal lengths side by side, each with its source."""
 
 import numpy as np
 import pytest
