@@ -36,7 +36,7 @@ from tests.models import (
     tiny_model,
 )
 
-TRAINED = [name for name, sort in SORTS.items() if sort.is_packed and name != "embedding_gemma2"]
+TRAINED = [name for name, sort in SORTS.items() if sort.is_packed]
 TEXTS = random_texts((1, 5, 5, 20, 44, 60, 2, 13))
 # Shuffled, so that the rows are in no order of length.
 ORDER = np.random.default_rng(3).permutation(len(TEXTS))
@@ -617,7 +617,8 @@ def test_a_family_without_packed_training_is_refused_with_those_that_have_it(tmp
         trainable(folder)
     assert str(caught.value) == (
         f"{folder}/config.json: training does not know the model type 'mpnet'; train a model of another "
-        "type, one of bert, camembert, distilbert, eurobert, gemma2, gemma3, gemma3_text, llama, mistral, "
+        "type, one of bert, camembert, distilbert, embedding_gemma2, embedding_gemma2_text, "
+        "eurobert, gemma2, gemma3, gemma3_text, llama, mistral, "
         "modernbert, qwen2, qwen3, roberta, t5_gemma_module, t5gemma, xlm-roberta"
     )
 

@@ -19,8 +19,8 @@ from gemb.model.kernels import Kernels, Rotary, add_normed_, rms_norm
 from gemb.model.weights import Weights
 
 # What transformers takes where config.json leaves it out.
-_DEFAULTS = {"num_attention_heads": 4, "hidden_activation": "gelu_pytorch_tanh"}
-_TRAITS = Traits(
+DEFAULTS = {"num_attention_heads": 4, "hidden_activation": "gelu_pytorch_tanh"}
+TRAITS = Traits(
     norms=GEMMA_NORMS,
     scales_embeddings=True,
     norms_queries_and_keys=True,
@@ -70,7 +70,7 @@ class PerLayerEmbedding:
 
 def build(config: Mapping[str, Any], weights: Weights, kernels: Kernels) -> Backbone:
     """The text backbone of an EmbeddingGemma 2 checkpoint."""
-    config = {**_DEFAULTS, **config}
+    config = {**DEFAULTS, **config}
     prefix = prefix_of(weights, "ple.per_layer_model_projection.weight")
     epsilon = float(config.get("rms_norm_eps", 1e-6))
     activation = activation_of(config["hidden_activation"])
@@ -101,7 +101,7 @@ def build(config: Mapping[str, Any], weights: Weights, kernels: Kernels) -> Back
         config,
         weights,
         kernels,
-        _TRAITS,
+        TRAITS,
         prefix=prefix,
         rotary_of=rotary_of,
         extra_of=extra_of,

@@ -111,6 +111,8 @@ class Attention:
     rotary: Rotary | None = None
     query_gain: Tensors | None = None
     key_gain: Tensors | None = None
+    value_norm: Norm | None = None
+    """Of values, which have no gain (EmbeddingGemma 2)."""
 
     def __call__(
         self,
@@ -141,6 +143,8 @@ class Attention:
             None if part is None else part.matrix for part in (self.query_gain, self.key_gain)
         )
         turns = None if self.rotary is None else turns_of(self.rotary, layout, x.dtype)
+        if self.value_norm is not None:
+            raw = _unit_values(raw, settings, self.value_norm)
         if source is None:
             if computation.trains and computation.attention_dropout:
                 settings = replace(settings, dropout=computation.attention_dropout)
@@ -175,6 +179,14 @@ class CrossAttention:
         other = source.keys_and_values(self.inputs, computation, None)
         mixed = source_attention(raw, other, None, None, self.settings, source.pairs, None)
         return _brought_back(mixed, x, self.output, after, computation)
+
+
+def _unit_values(raw: Tensor, settings: AttentionSettings, norm: Norm) -> Tensor:
+    """raw[T, (H + 2G) * C] with its values, the last G * C, at unit size in each head."""
+    shared, channels = settings.shared, settings.channels
+    rest, values = torch.split(raw, [raw.shape[1] - shared * channels, shared * channels], dim=1)
+    heads = F.rms_norm(values.reshape(-1, shared, channels), (channels,), eps=norm.epsilon)
+    return torch.cat([rest, heads.flatten(1)], dim=1)
 
 
 def _brought_back(

@@ -17,7 +17,7 @@ from gemb.model.families import FAMILIES, NotPacked
 from gemb.model.folder import DenseSettings, LayerNormSettings, ModelFolder, ModuleSpec
 from gemb.model.layout import Layout
 from gemb.model.pooling import tensor_names, with_tensors
-from gemb.model.trainable import bert, gated
+from gemb.model.trainable import bert, embedding_gemma2, gated
 from gemb.model.trainable.blocks import Computation, Recompute, TrainableBackbone
 from gemb.model.trainable.low_rank import add_low_rank, summed
 from gemb.model.trainable.parameters import UPDATE, ParameterTree, Tensors
@@ -34,6 +34,7 @@ Pool = Callable[[Tensor, Layout, NDArray[np.int32], NDArray[np.int32]], Tensor]
 
 _BUILDERS: Mapping[str, Callable[[Mapping[str, Any], ParameterTree], TrainableBackbone]] = {
     "bert": bert.bert,
+    "embedding_gemma2": embedding_gemma2.embedding_gemma2,
     "gemma2": gated.gemma2,
     "gemma3": gated.gemma3,
     "llama": gated.llama,

@@ -128,7 +128,7 @@ def _gemma3(
         norms_queries_and_keys=True,
         score_scale=float(given["query_pre_attn_scalar"]) ** -0.5,
     )
-    return _gated(given, tree, traits, prefix=prefix, rotary_of=rotary_of, table=table, marker=marker)
+    return gated(given, tree, traits, prefix=prefix, rotary_of=rotary_of, table=table, marker=marker)
 
 
 def t5gemma2(
@@ -177,12 +177,12 @@ def _gemma2(config: Mapping[str, Any], tree: ParameterTree, prefix: str, norms: 
         score_scale=float(given["query_pre_attn_scalar"]) ** -0.5,
         softcap=None if softcap is None else float(softcap),
     )
-    return _gated(given, tree, traits, prefix=prefix, rotary_of=lambda _, channels: rotary(given, channels))
+    return gated(given, tree, traits, prefix=prefix, rotary_of=lambda _, channels: rotary(given, channels))
 
 
 def llama(config: Mapping[str, Any], tree: ParameterTree) -> GatedBackbone:
     """Llama, Mistral, EuroBERT, Qwen 2 or Qwen 3."""
-    return _gated(
+    return gated(
         {"hidden_act": "silu", **config},
         tree,
         Traits(norms_queries_and_keys=config["model_type"] == "qwen3"),
@@ -191,7 +191,7 @@ def llama(config: Mapping[str, Any], tree: ParameterTree) -> GatedBackbone:
     )
 
 
-def _gated(
+def gated(
     config: Mapping[str, Any],
     tree: ParameterTree,
     traits: Traits,
