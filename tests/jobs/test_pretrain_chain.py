@@ -16,7 +16,7 @@ from tests.conftest import DATA
 from tests.jobs.test_pretrain import sentences
 from tests.training.pretrain_fakes import write_texts
 
-SHORT = ["threads=1", "precision=fp32", "epochs=null", "steps=3"]
+SHORT = ["threads=1", "precision=fp32", "tokens=null", "steps=3"]
 
 
 def write_pairs(folder: Path, recipe: TrainRecipe) -> None:
