@@ -1,12 +1,12 @@
-"""What training for a format is worth: small models trained in floats and for int4 and mixed, then quantised.
+"""What training for a format is worth: MiniLM fine-tuned in floats and for int4 and mixed, then quantised.
 
 An arm is a recipe in `ablations_qat/`; the three differ in `qat` alone. A trained model is measured as it is
 and with its weights on the grids of a format, as `gemb quantize` has them. The gap of a format is what the
-model trained in floats loses by it; the table says which share of it training for the format closes. Every
-arm and seed takes about a minute on one core and adds one line to `results/ablations-qat.jsonl`, so that a
+model tuned in floats loses by it; the table says which share of it training for the format closes. Every
+arm and seed takes one to two minutes on one core and adds a line to `results/ablations-qat.jsonl`, so that a
 rerun does only what is missing. Needs `../shared/data`.
 
-    python -m benchmarks.ablate_qat                        everything that is missing, some ten minutes
+    python -m benchmarks.ablate_qat                        everything that is missing, a quarter of an hour
     python -m benchmarks.ablate_qat --arm int4 --seed 1
     python -m benchmarks.ablate_qat --table                only the table, from what is there
 """
