@@ -44,7 +44,7 @@ def adapt(
     quiet: QuietOption = False,
     verbose: VerboseOption = 0,
 ) -> None:
-    """Turn a decoder language model into a bidirectional encoder, or into an encoder-decoder, proved.
+    """Turn a decoder into an encoder, or into an encoder-decoder, proved.
 
     Example: gemb adapt google/gemma-3-270m -o runs/encoder
     """

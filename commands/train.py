@@ -59,7 +59,7 @@ def train(
     quiet: QuietOption = False,
     verbose: VerboseOption = 0,
 ) -> None:
-    """Fine-tune an encoder on pairs of texts, or pretrain a language model on texts, resumable.
+    """Train an encoder on pairs of texts, or a language model, resumable.
 
     Example: gemb train quickstart -o runs/first
 
