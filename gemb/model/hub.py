@@ -178,14 +178,14 @@ def _unreachable(name: str, endpoint: str, error: BaseException) -> UnavailableE
     if status is not None:
         return UnavailableError(
             f"{endpoint} answered {status} when asked for {name}; try again later, "
-            "or copy the model's folder here and pass -m FOLDER"
+            "or copy the model's folder here and name that"
         )
     reason = (
         str(error).splitlines()[0].strip() or type(error).__name__ if str(error) else type(error).__name__
     )
     return UnavailableError(
-        f"{name} is not in the cache and {endpoint} cannot be reached ({reason}); "
-        "check the network, or copy the model's folder here and pass -m FOLDER"
+        f"{name} is no folder here, not in the cache, and {endpoint} cannot be reached ({reason}); "
+        "check the network, or copy the model's folder here and name that"
     )
 
 

@@ -258,7 +258,7 @@ def test_a_name_nobody_has_is_not_found(find: Finder, endpoint: str) -> None:
 def test_a_hub_that_is_down_is_named_with_its_answer(find: Finder, endpoint: str) -> None:
     assert find("someone/broken", endpoint=endpoint)["error"] == (
         f"{endpoint} answered 500 when asked for someone/broken; try again later, "
-        "or copy the model's folder here and pass -m FOLDER"
+        "or copy the model's folder here and name that"
     )
 
 
@@ -266,8 +266,8 @@ def test_no_network_is_told_with_the_reason(find: Finder) -> None:
     answer = find("someone/tiny")
     assert answer["code"] == Exit.UNAVAILABLE
     assert answer["error"] == (
-        "someone/tiny is not in the cache and http://127.0.0.1:9 cannot be reached ([Errno 111] Connection "
-        "refused); check the network, or copy the model's folder here and pass -m FOLDER"
+        "someone/tiny is no folder here, not in the cache, and http://127.0.0.1:9 cannot be reached ([Errno "
+        "111] Connection refused); check the network, or copy the model's folder here and name that"
     )
 
 
