@@ -20,6 +20,7 @@ import orjson
 
 from gemb.errors import UnavailableError
 from gemb.files import atomic_write, os_errors_explained, write_json
+from gemb.model.tensor_file import save_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,12 +123,10 @@ def write_tiny_gemma3(folder: Path, texts: Iterator[str], seed: int) -> None:
     2.3 M parameters, of which half are the table; mean pooling, unit length. The same texts and seed give
     the same folder.
     """
-    from safetensors.torch import save_file
-
     with os_errors_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     entries = write_tokenizer(folder, texts)
-    save_file(random_gemma3(_CONFIG, entries, seed), folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "model.safetensors", random_gemma3(_CONFIG, entries, seed))
     write_json(folder / "config.json", {**_CONFIG, "vocab_size": entries})
     kinds = ("Transformer", "Pooling", "Normalize")
     modules = [

@@ -25,6 +25,7 @@ from gemb.jobs.quickstart import (
     words_of,
     write_tokenizer,
 )
+from gemb.model.tensor_file import save_tensors
 from gemb.text.records import ReadOptions, Record, read_records
 
 if TYPE_CHECKING:
@@ -96,14 +97,12 @@ def write_tiny_decoder(folder: Path, texts: Iterator[str], seed: int) -> None:
     1.6 M parameters, half of them the table. Besides Gemma's usual special tokens it has `<mask>` and
     `<unused0>` to `<unused63>`. The same texts and seed give the same folder.
     """
-    from safetensors.torch import save_file
-
     with os_errors_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     more = ["<mask>", *(f"<unused{number}>" for number in range(_SENTINELS))]
     entries = write_tokenizer(folder, texts, more=more, frame="<bos> $A", max_tokens=_POSITIONS)
     tensors = {f"model.{name}": one for name, one in random_gemma3(_CONFIG, entries, seed).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", {**_CONFIG, "vocab_size": entries})
     ids = {key: _CONFIG[key] for key in ("pad_token_id", "eos_token_id", "bos_token_id")}
     write_json(folder / "generation_config.json", ids)

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
-from gemb.errors import GembError, MachineError, MismatchError
-from gemb.files import atomic_write, read_json, sync_to_disk, write_json
+from gemb.errors import GembError, MismatchError
+from gemb.files import atomic_write, read_json, write_json
 from gemb.model.attention import layer_types
 from gemb.model.folder import ModelFolder
+from gemb.model.tensor_file import save_tensors
 from gemb.model.vocabulary import CutVocabulary, cut_vocabulary
 from gemb.model.weights import Weights
 from gemb.text.prompts import Prompts
@@ -239,19 +240,7 @@ def _tensors(
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> int:
     """Writes the tensors and gives the number of their elements."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
-        )
-    except SafetensorError as error:
-        raise MachineError(
-            f"cannot write {path}: {error}; free some space, then run the same command again"
-        ) from error
-    with path.open("rb") as written:
-        sync_to_disk(written.fileno())
+    save_tensors(path, tensors)
     return sum(tensor.numel() for tensor in tensors.values())
 
 

@@ -1,21 +1,29 @@
-"""Writes a model.safetensors tensor by tensor, a few rows at a time: no more is in memory."""
+"""Writes a model.safetensors tensor by tensor, a few rows at a time where asked: no more is in memory.
+
+The writer of the safetensors package gives files that only their owner may read, and its errors are text;
+these follow the umask, as all other files of a folder, and a full disk is told as everywhere.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import orjson
 
 from gemb.files import atomic_write
-from gemb.model.weights import ITEM_BYTES
+from gemb.model.weights import DTYPE_NAMES, ITEM_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_CODES = {name: code for code, name in DTYPE_NAMES.items()} | {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
+}  # fmt: skip
 _ALIGNMENT = 8  # safetensors pads its header so that the numbers begin at a multiple of 8
 
 
@@ -34,6 +42,27 @@ class NewTensor:
     def size_bytes(self) -> int:
         """Bytes of its numbers."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `tensors` by name as `path`, from whatever device they are on, whole or not at all.
+
+    Raises as `write_tensors` does.
+    """
+    entries = [
+        NewTensor(
+            name,
+            _CODES[str(tensor.dtype).removeprefix("torch.")],
+            tuple(tensor.shape),
+            partial(_whole, tensor),
+        )
+        for name, tensor in sorted(tensors.items())
+    ]
+    write_tensors(path, entries, lambda name: None)
+
+
+def _whole(tensor: Tensor) -> tuple[Tensor]:
+    return (tensor.detach().cpu(),)
 
 
 def write_tensors(path: Path, tensors: Sequence[NewTensor], on_tensor: Callable[[str], None]) -> None:

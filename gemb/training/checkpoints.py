@@ -20,23 +20,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gemb.errors import GembError, MachineError
 from gemb.files import (
-    explain_os_error,
     file_digest,
     fsync_folder,
     os_errors_explained,
     read_json,
-    sync_to_disk,
     write_json,
 )
+from gemb.model.tensor_file import save_tensors
 
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_DISK_FULL = re.compile(r"No space left on device|os error 28|File too large|os error 27")
 
 
 class Checkpoints:
@@ -76,7 +74,7 @@ class Checkpoints:
         try:
             files = {f"{name}.safetensors": parts for name, parts in tensors.items()}
             for name, parts in files.items():
-                _write_tensors(draft / name, parts)
+                save_tensors(draft / name, parts)
             digests = {name: file_digest(draft / name, "blake2b") for name in files}
             write_json(draft / STATE, {**state, "step": step, "files": digests})
             with os_errors_explained(target):
@@ -165,16 +163,3 @@ def restore_state(tensors: Mapping[str, Tensor], layout: Any) -> Any:  # noqa: A
         listed = [restore_state(tensors, item) for item in value]
         return listed if kind == "list" else tuple(listed)
     return value
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(plain, path)
-    except SafetensorError as error:  # it wraps the system's error, whose number is only in its text
-        if _DISK_FULL.search(str(error)):
-            full = OSError(28, "No space left on device", str(path))
-            raise explain_os_error(full, path) from error
-        raise MachineError(f"cannot write {path}: {str(error).lower()}") from error
-    with os_errors_explained(path), path.open("rb+") as file:
-        sync_to_disk(file.fileno())

@@ -1,12 +1,14 @@
 """safetensors files written tensor by tensor."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from gemb.model.tensor_file import NewTensor, write_tensors
+from gemb.errors import MachineError
+from gemb.model.tensor_file import NewTensor, save_tensors, write_tensors
 from gemb.model.weights import read_header
 
 
@@ -36,4 +38,49 @@ def test_a_tensor_that_is_not_what_was_announced_leaves_no_file(tmp_path: Path) 
     short = NewTensor("short", "F32", (4,), lambda: [torch.ones(3)])
     with pytest.raises(ValueError, match=r"^short was announced as \(4,\), but has 12 bytes$"):
         write_tensors(tmp_path / "m.safetensors", [short], lambda name: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_of_any_dtype_and_layout_are_saved_as_they_are(tmp_path: Path) -> None:
+    grown = torch.randn(3, 4, requires_grad=True)
+    tensors = {
+        "turned": grown.T,
+        "half": torch.randn(5).bfloat16(),
+        "steps": torch.tensor(7),
+        "mask": torch.tensor([True, False]),
+        "state": torch.randint(0, 255, (9,), dtype=torch.uint8),
+        "exact": torch.randn(2, dtype=torch.float64),
+        "empty": torch.zeros(0, 3),
+    }
+    path = tmp_path / "m.safetensors"
+    save_tensors(path, tensors)
+    loaded = load_file(path)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor.detach())
+    first = path.read_bytes()
+    save_tensors(path, dict(reversed(tensors.items())))
+    assert path.read_bytes() == first
+
+
+def test_a_file_of_tensors_follows_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_tensors(tmp_path / "m.safetensors", {"one": torch.ones(1)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "m.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_full_disk_is_one_message_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gemb.files.sync_to_disk", full)
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(MachineError, match=f"cannot write {path}: no space left "):
+        save_tensors(path, {"one": torch.ones(1)})
     assert not list(tmp_path.iterdir())

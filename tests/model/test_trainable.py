@@ -24,6 +24,7 @@ from gemb.model.kernels import Kernels
 from gemb.model.layout import Layout
 from gemb.model.trainable import TrainableEncoder
 from gemb.model.trainable.functions import AttentionSettings, packed_attention
+from gemb.model.trainable.saving import appearing
 from tests.models import (
     MODES,
     OWN_MODES,
@@ -586,6 +587,22 @@ def test_a_failed_saving_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(GembError, match="no space left"):
         model.save(tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_that_of_a_live_one_stays(tmp_path: Path) -> None:
+    target = tmp_path / "saved"
+    left = tmp_path / ".saved.0123abcd.tmp"
+    others = [tmp_path / ".other.0123abcd.tmp", tmp_path / ".saved.mine.tmp"]
+    for folder in (left, *others):
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+    with appearing(target) as live:
+        assert not left.exists()
+        with appearing(target) as second:
+            assert live.is_dir()
+            (second / "config.json").touch()
+        (target / "config.json").unlink()
+    assert sorted(tmp_path.iterdir()) == [*others, target]
 
 
 # --- moving, and what cannot be trained

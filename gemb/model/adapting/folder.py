@@ -18,6 +18,7 @@ from gemb.errors import MismatchError
 from gemb.files import atomic_write, os_errors_explained, read_json, write_json
 from gemb.model.folder import OWN_POOLING_TYPE, ModelFolder, PoolingMode, PoolingSettings
 from gemb.model.pruned import write_tokenizer
+from gemb.model.tensor_file import save_tensors
 from gemb.model.vocabulary import CutVocabulary
 from gemb.text.tokenisation import Tokeniser
 
@@ -190,10 +191,9 @@ def _linear(random: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.f
 
 
 def _save(tensors: dict[str, NDArray[np.float32]], place: Path) -> None:
-    from safetensors.numpy import save_file
+    import torch
 
-    with os_errors_explained(place):
-        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(place / "model.safetensors", {name: torch.from_numpy(one) for name, one in tensors.items()})
 
 
 def check_vocabulary(source: ModelFolder, rows: int) -> None:

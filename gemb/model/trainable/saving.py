@@ -4,11 +4,13 @@ Only what a model needs is taken along: the files at the top and those of the mo
 formats (pickles, ONNX, GGUF) would be those of the source, so they stay behind.
 """
 
+import fcntl
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +18,10 @@ import orjson
 import torch
 from torch import Tensor
 
-from gemb.errors import GembError, MachineError
-from gemb.files import atomic_write, fsync_folder, os_errors_explained, read_json, sync_to_disk, write_json
+from gemb.errors import GembError
+from gemb.files import atomic_write, fsync_folder, os_errors_explained, read_json, write_json
 from gemb.model.folder import ModelFolder
+from gemb.model.tensor_file import save_tensors
 from gemb.model.weights import Weights
 
 SavedDtype = Literal["float32", "source"]
@@ -59,7 +62,8 @@ def save_backbone(source: Path, values: Mapping[str, Tensor], target: Path, dtyp
 def appearing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """An empty folder that becomes `target` when the block ends well, and goes away otherwise.
 
-    `overwrite` lets it take the place of a model that is there, which stays until then.
+    `overwrite` lets it take the place of a model that is there, which stays until then. What a writer of the
+    same target left when it was killed is removed.
 
     Raises GembError if `target` exists and is not to be overwritten, or is no model.
     """
@@ -67,8 +71,12 @@ def appearing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     place = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     replaced = place.with_suffix(".old")
     with os_errors_explained(target):
+        _remove_remains(target)
         place.mkdir(parents=True)
+        descriptor = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            with suppress(OSError):  # a drive without locks; then only what is left there stays
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield place
             if overwrite and target.exists():
                 os.rename(target, replaced)  # a folder that holds something cannot be replaced at once
@@ -78,8 +86,22 @@ def appearing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             if replaced.exists() and not target.exists():
                 os.rename(replaced, target)
             raise
+        finally:
+            os.close(descriptor)
         shutil.rmtree(replaced, ignore_errors=True)
     fsync_folder(target.parent)
+
+
+def _remove_remains(target: Path) -> None:
+    """Remove the folders of writers of `target` that were killed; that of a live one is locked and stays."""
+    for place in target.parent.glob(f".{escape(target.name)}.{'[0-9a-f]' * 8}.tmp"):
+        with suppress(OSError):  # it is held, or appeared meanwhile
+            descriptor = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(place, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def check_absent(target: Path, *, overwrite: bool = False, hint: str = "move it away") -> None:
@@ -104,9 +126,6 @@ def copy_files(source: Path, target: Path) -> None:
 
 
 def _write_weights(weights: Weights, values: Mapping[str, Tensor], target: Path, dtype: SavedDtype) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     size_bytes = 0
     for file in weights.files:
         tensors = {}
@@ -117,17 +136,9 @@ def _write_weights(weights: Weights, values: Mapping[str, Tensor], target: Path,
             tensor = values.get(name, original)
             if original.is_floating_point():
                 tensor = tensor.to("cpu", torch.float32 if dtype == "float32" else original.dtype)
-            tensors[name] = tensor.contiguous()
+            tensors[name] = tensor
             size_bytes += tensor.numel() * tensor.element_size()
-        path = target / file.name
-        try:
-            save_file(tensors, path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise MachineError(
-                f"cannot write {path}: {error}; free some space, then run the same command again"
-            ) from error
-        with path.open("rb") as written:
-            sync_to_disk(written.fileno())
+        save_tensors(target / file.name, tensors)
     if len(weights.files) > 1:
         _write_index(weights, target / _INDEX, size_bytes)
 
