@@ -30,7 +30,7 @@ from gemb.errors import MachineError, UnavailableError
 from gemb.files import file_digest, os_errors_explained
 from gemb.model.folder import ModelFolder, fingerprint
 from gemb.model.hub import cache_folder
-from gemb.model.onnx import CHECKSUM, SAME_VECTORS
+from gemb.model.onnx import CHECKSUM, SAME_VECTORS, entry, is_whole
 from gemb.text.batches import Batch
 
 if TYPE_CHECKING:
@@ -124,6 +124,9 @@ def open_session(graph: Path) -> onnxruntime.InferenceSession:
         raise MachineError(
             f"onnxruntime cannot be imported ({error}); pip install 'gemb[onnx]', or pass --engine torch"
         ) from error
+    with os_errors_explained(graph, "read"):
+        if not is_whole(graph.read_bytes()):
+            raise _damaged(graph, graph)
     options = onnxruntime.SessionOptions()
     # One thread a batch: the batches are the parallelism, and the order of sums stays what it is.
     options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -164,13 +167,17 @@ def _check_weights(graph: Path, session: onnxruntime.InferenceSession) -> None:
     if place.exists():
         return
     if file_digest(data) != expected:
-        raise UnavailableError(
-            f"{data} is damaged: its checksum is not the one in {graph.name}; remove {graph.parent} and make "
-            "it again, or pass --engine torch"
-        )
+        raise _damaged(data, graph)
     with contextlib.suppress(OSError):  # then it is read again next time
         place.parent.mkdir(parents=True, exist_ok=True)
         place.touch()
+
+
+def _damaged(file: Path, graph: Path) -> UnavailableError:
+    return UnavailableError(
+        f"{file} is damaged: its checksum is not the one in {graph.name}; remove {graph.parent} and make it "
+        "again, or pass --engine torch"
+    )
 
 
 def is_installed() -> bool:
@@ -222,12 +229,9 @@ def write_cached_graph(folder: ModelFolder) -> Path:
 
 
 def _is_graph_of(graph: Path, identity: str) -> bool:
-    """Whether the metadata of a graph file says that it gives the vectors of the model `identity`.
-
-    The entry is looked for in the bytes: a protobuf entry is its key, a tag, the length and the value.
-    """
-    entry = f"{SAME_VECTORS}\x12{chr(len(identity))}{identity}".encode()
+    """Whether the metadata of a graph file says that it gives the vectors of the model `identity`."""
     try:
-        return graph.stat().st_size <= _LARGEST_GRAPH_BYTES and entry in graph.read_bytes()
+        small = graph.stat().st_size <= _LARGEST_GRAPH_BYTES
+        return small and entry(SAME_VECTORS, identity) in graph.read_bytes()
     except OSError:
         return False

@@ -8,7 +8,32 @@ B texts, L tokens of the longest one, D width of the states, K of the vectors; H
 heads, C channels of a head.
 """
 
+import hashlib
+
 SAME_VECTORS = "gemb.fingerprint"
 """The metadata of a graph that gives the vectors of the model with this fingerprint; others lack it."""
 CHECKSUM = "gemb.weights_sha256"
 """The metadata that has the checksum of the file of weights."""
+OWN_CHECKSUM = "gemb.graph_sha256"
+"""The metadata that has the checksum of the graph's own bytes, this value taken as NO_CHECKSUM."""
+NO_CHECKSUM = "0" * 64
+
+
+def entry(key: str, value: str) -> bytes:
+    """An entry of the metadata as protobuf has it in the file: the key, a tag, the length and the value."""
+    return f"{key}\x12{chr(len(value))}{value}".encode()
+
+
+def sealed(content: bytes) -> bytes:
+    """A graph whose metadata has NO_CHECKSUM, with its checksum there."""
+    checksum = hashlib.sha256(content).hexdigest()
+    return content.replace(entry(OWN_CHECKSUM, NO_CHECKSUM), entry(OWN_CHECKSUM, checksum))
+
+
+def is_whole(content: bytes) -> bool:
+    """Whether a graph has the checksum that `sealed` gave it; True for one that has none."""
+    start = entry(OWN_CHECKSUM, NO_CHECKSUM)[: -len(NO_CHECKSUM)]
+    before, found, rest = content.partition(start)
+    checksum, after = rest[: len(NO_CHECKSUM)], rest[len(NO_CHECKSUM) :]
+    unsealed = hashlib.sha256(before + start + NO_CHECKSUM.encode() + after)
+    return not found or unsealed.hexdigest().encode() == checksum

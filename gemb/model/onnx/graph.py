@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from gemb.model.onnx import CHECKSUM
+from gemb.model.onnx import CHECKSUM, NO_CHECKSUM, OWN_CHECKSUM, sealed
 
 Value: TypeAlias = str
 """The name of a tensor in the graph."""
@@ -120,12 +120,13 @@ class Graph:
         self._data.write(content)
 
     def save(self, metadata: Mapping[str, str]) -> None:
-        """Write the graph itself, with `metadata` that onnxruntime shows, and the checksum of the weights."""
+        """Write the graph itself, with `metadata` that onnxruntime shows, and the checksums of both files."""
         self._data.flush()
         graph = helper.make_graph(self._nodes, "encoder", self._inputs, self._outputs, self._weights)
         opsets = [helper.make_opsetid("", OPSET)]
         if self._uses_microsoft:
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="gemb")
-        helper.set_model_props(model, {**metadata, CHECKSUM: self._checksum.hexdigest()})
-        self._path.write_bytes(model.SerializeToString(deterministic=True))
+        checksums = {CHECKSUM: self._checksum.hexdigest(), OWN_CHECKSUM: NO_CHECKSUM}
+        helper.set_model_props(model, {**metadata, **checksums})
+        self._path.write_bytes(sealed(model.SerializeToString(deterministic=True)))
