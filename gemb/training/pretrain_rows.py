@@ -153,6 +153,12 @@ def _ul2(
         denoisers.append(Denoiser(one.rate, span, one.weight, mode))
     wanted = max(most_spans(row_tokens, one) for one in denoisers)
     sentinels = _sentinels(objective.sentinels, tokeniser, wanted, row_tokens)
+    for one, denoiser in zip(objective.denoisers, denoisers, strict=True):
+        if denoiser.mode in sentinels.tolist():
+            raise MismatchError(
+                f"objective.denoisers: the mode token {one.mode} stands for a span, too, as up to {wanted:,} "
+                f"are taken out of {row_tokens:,} tokens; take another, or lower max_tokens"
+            )
     labels = {denoiser: _label(one) for denoiser, one in zip(denoisers, objective.denoisers, strict=True)}
 
     def make(ids: Ids, ends: bool, generator: np.random.Generator) -> MadeRow:

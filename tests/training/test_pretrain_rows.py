@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gemb.errors import MismatchError
+from gemb.recipe import load
 from gemb.text.denoising import NO_TARGET, Frame
 from gemb.training.pretrain_documents import Piece
 from gemb.training.pretrain_recipe import PretrainRecipe
@@ -116,6 +117,11 @@ def test_what_the_vocabulary_lacks_is_named() -> None:
         "objective.denoisers: the mode token [R] is not in the vocabulary; take one that is, such as "
         "<unused99> of Gemma, or none"
     )
+    spans = {"name": "spans", "mean_span": 3, "rate": 0.5, "mode": "<unused4>"}
+    assert refused({"name": "ul2", "denoisers": [{**spans, "rate": 0.15}, spans]}) == (
+        "objective.denoisers: the mode token <unused4> stands for a span, too, as up to 5 are taken out of 32"
+        " tokens; take another, or lower max_tokens"
+    )
     assert refused("mntp", tokens=plain) == (
         "objective.mask_token: <mask> and [MASK] and _ are not in the vocabulary; name a token that is and "
         "that texts rarely have"
@@ -136,3 +142,16 @@ def test_sentinels_of_t5_and_of_other_names_are_found() -> None:
 def test_max_tokens_must_leave_room() -> None:
     message = refused("causal", 3)
     assert message == "max_tokens is 3, but the special tokens take 2; raise it"
+
+
+@pytest.mark.parametrize(
+    ("name", "unused"),
+    [
+        ("t5gemma/2-ul2", 99),  # Gemma 2's tokenizer: <unused0> to <unused98>
+        ("t5gemma2/2-ul2", 6242),  # Gemma 3's: to <unused6241>
+        ("embeddinggemma/2-pretrain", 6242),
+    ],
+)
+def test_the_tokenizer_of_a_recipes_model_has_a_token_for_each_span(name: str, unused: int) -> None:
+    tokens = tokeniser([*SPECIAL[:4], *(f"<unused{number}>" for number in range(unused))])
+    row_maker(load(name, PretrainRecipe), tokens, CONFIG, load(name, PretrainRecipe).max_tokens or 0)
