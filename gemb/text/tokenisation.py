@@ -178,6 +178,12 @@ class Tokeniser:
         found: int | None = self._backend.token_to_id(token)
         return found
 
+    @property
+    def ids(self) -> Mapping[str, int]:
+        """The id of every token by its name, added tokens included."""
+        found: Mapping[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return found
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens shown."""
         return str(self._backend.decode(list(ids), skip_special_tokens=False))

@@ -136,8 +136,13 @@ def _scores(record: Mapping[str, Any]) -> str:
 def _data(recipe: TrainRecipe, record: Mapping[str, Any]) -> str:
     lines = ["## Data", ""]
     for data, (name, counts) in zip(recipe.data, record["data_counts"].items(), strict=True):
-        prompts = data.prompts.model_dump()
         lines.append(
-            f"- {name}: {counts['examples']:,} examples, {counts['tokens']:,} tokens; prompts {prompts}"
+            f"- {name}: {counts['examples']:,} examples, {counts['tokens']:,} tokens; prompts: "
+            f"query {_shown(data.prompts.query)}, passage {_shown(data.prompts.passage)}"
         )
     return "\n".join(lines)
+
+
+def _shown(prompt: str | PromptText) -> str:
+    """The text of a prompt as code, or the name of one that the model has."""
+    return f"`{prompt.text}`" if isinstance(prompt, PromptText) else prompt

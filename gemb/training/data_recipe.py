@@ -1,5 +1,8 @@
 """The part of a training recipe that says which data are used, and in which proportions."""
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -11,6 +14,18 @@ Shape = Literal["pairs", "scored", "labelled"]
 """What a row is: a query with its positives and negatives; two texts and a score; one text and its label."""
 
 Names = str | tuple[str, ...]
+
+
+def name_of_paths(paths: Sequence[str]) -> str:
+    """What reports call some files: the name of the first file or folder, without suffixes.
+
+    Of a pattern it is what stands before its first wildcard, `qa` of `qa-*.jsonl`, or else its folder's name.
+    """
+    path = Path(paths[0])
+    name = path.name.partition(".")[0]
+    if not path.exists() and (wildcard := re.search(r"[*?[]", name)):
+        name = name[: wildcard.start()].rstrip("-_") or path.parent.name
+    return name or paths[0]
 
 
 class ColumnNames(Recipe):
@@ -180,4 +195,5 @@ __all__ = [
     "RolePrompts",
     "Shape",
     "check_shares",
+    "name_of_paths",
 ]

@@ -33,7 +33,7 @@ from gemb.files import Lock, os_errors_explained, read_json, write_json
 from gemb.recipe.problems import did_you_mean
 from gemb.text.inputs import InputFile, resolve_inputs
 from gemb.training.columns import Columns, Example, Lookup, Text, bind, named
-from gemb.training.data_recipe import DataSet, Shape
+from gemb.training.data_recipe import DataSet, Shape, name_of_paths
 from gemb.training.documents import beir_files, open_documents, read_judged
 from gemb.training.permutation import key_of
 from gemb.training.rows import Row, read_rows
@@ -202,7 +202,7 @@ def open_rows(
 
 def name_of(data: DataSet) -> str:
     """What reports call a data set: its name, else its first file or folder without suffixes."""
-    return data.name or Path(data.paths[0]).name.partition(".")[0] or data.paths[0]
+    return data.name or name_of_paths(data.paths)
 
 
 @dataclass(frozen=True, slots=True)

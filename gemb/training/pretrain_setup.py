@@ -22,6 +22,7 @@ from gemb.model.weights import Weights
 from gemb.text.inputs import InputFile, resolve_inputs
 from gemb.text.records import ReadOptions, check_fields
 from gemb.text.tokenisation import Tokeniser
+from gemb.training.data_recipe import name_of_paths
 from gemb.training.loop import Length
 from gemb.training.pretrain_batches import PretrainBatches
 from gemb.training.pretrain_documents import Documents
@@ -186,14 +187,22 @@ def prepare(
     teacher = None
     if recipe.teacher is not None:
         teacher = find_model(recipe.teacher.model, offline=recipe.offline, announce=notice)
-        if LanguageFolder.read(teacher).is_encoder_decoder:
+        its = LanguageFolder.read(teacher)
+        if its.is_encoder_decoder:
             raise MismatchError(
                 f"teacher.model: {recipe.teacher.model} is an encoder-decoder; give a decoder"
             )
+        own_ids, its_ids = model.tokeniser().ids, its.tokeniser().ids
+        for token in sorted(own_ids.keys() & its_ids.keys()):
+            if own_ids[token] != its_ids[token]:
+                raise MismatchError(
+                    f"teacher.model: {token!r} is token {its_ids[token]:,} of {recipe.teacher.model}, but "
+                    f"{own_ids[token]:,} of the model; both need the same tokenizer"
+                )
     evaluation = None
     if held_out and ranks.is_first:
         evaluation = HeldOutTexts(
-            _data_name(recipe.evaluation.texts), opened(held_out), maker, recipe.evaluation.limit
+            name_of_paths(recipe.evaluation.texts), opened(held_out), maker, recipe.evaluation.limit
         )
     request = _request(recipe, model, name, files, teacher)
     position = None
@@ -208,7 +217,7 @@ def prepare(
         batches = PretrainBatches(
             documents,
             maker,
-            dataset=_data_name(recipe.data),
+            dataset=name_of_paths(recipe.data),
             tokens=recipe.batch.tokens,
             seed=recipe.seed,
             position=position,
@@ -263,11 +272,6 @@ def _files(
             )
     check_fields(files, ReadOptions(text_field=recipe.text_field, use_titles=False))
     return files
-
-
-def _data_name(paths: Sequence[str]) -> str:
-    """What reports call some texts: the name of the first file or folder, without suffixes."""
-    return Path(paths[0]).name.partition(".")[0] or paths[0]
 
 
 def _model(

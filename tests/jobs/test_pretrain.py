@@ -210,6 +210,18 @@ def test_a_teacher_of_the_same_vocabulary_teaches(place: Path, tmp_path: Path) -
         f"teacher.model: {tmp_path / 'other'} has {config.vocab_size} tokens, but the model has "
         f"{config.vocab_size - 1}; both need the same tokenizer"
     )
+    file = tmp_path / "other/tokenizer.json"
+    tokenizer = json.loads(file.read_text("utf-8"))
+    words = tokenizer["model"]["vocab"]
+    one, two = sorted(words)[-2:]
+    words[one], words[two] = words[two], words[one]
+    file.write_text(json.dumps(tokenizer), "utf-8")
+    with pytest.raises(MismatchError) as error:
+        trained(place, tmp_path / "three", f"teacher={{model: {tmp_path / 'other'}}}")
+    assert str(error.value) == (
+        f"teacher.model: {one!r} is token {words[one]} of {tmp_path / 'other'}, but {words[two]} of the "
+        "model; both need the same tokenizer"
+    )
 
 
 def test_epochs_end_after_that_many_tokens(place: Path, tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ def test_the_folder_holds_card_record_metrics_and_pictures(whole: tuple[Report, 
     assert card.startswith("---\nlibrary_name: sentence-transformers\n")
     for part in ("SentenceTransformer(", "held-out/nDCG@10", "learning_rate: 0.003", "32 dims", "w7 w8 w9"):
         assert part in card
+    assert " tokens; prompts: query query, passage document\n" in card
     record = json.loads((output / "gemb.json").read_text("utf-8"))
     assert record["recipe"]["optimizer.learning_rate"] == 0.003
     assert record["steps"] == 7

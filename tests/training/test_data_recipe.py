@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 from gemb.errors import GembError
 from gemb.recipe import Recipe, load
-from gemb.training.data_recipe import DataSet, MixtureSettings, RolePrompts, check_shares
+from gemb.training.data_recipe import DataSet, MixtureSettings, RolePrompts, check_shares, name_of_paths
 
 
 class Whole(Recipe):
@@ -117,3 +117,19 @@ def test_what_cannot_be_is_told_with_its_line(name: str, tmp_path: Path) -> None
     with pytest.raises(GembError) as error:
         read(text, tmp_path)
     assert str(error.value) == f"{tmp_path / 'r.yaml'}: 1 problem\n  {message}"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("texts/a.jsonl.gz", "a"),
+        ("data/texts", "texts"),
+        ("data/texts/", "texts"),
+        ("data/texts/*.jsonl", "texts"),
+        ("data/texts/qa-*.jsonl", "qa"),
+        ("data/texts/qa[0-9].csv", "qa"),
+        ("*.jsonl", "*.jsonl"),
+    ],
+)
+def test_files_are_called_by_a_name_without_suffix_or_wildcard(path: str, name: str) -> None:
+    assert name_of_paths([path, "another.jsonl"]) == name
