@@ -18,7 +18,7 @@ from gemb.engine import Engine
 from gemb.engine.onnx_engine import PRECISION as ONNX_PRECISION
 from gemb.engine.onnx_engine import OnnxEngine, find_graph, is_installed, write_cached_graph
 from gemb.engine.workers import ProcessEngine
-from gemb.errors import GembError, UnavailableError
+from gemb.errors import GembError, MachineError, UnavailableError
 from gemb.model.folder import ModelFolder
 
 EngineName: TypeAlias = Literal["auto", "torch", "onnx"]
@@ -106,7 +106,7 @@ def _open_onnx(
             threads=threads,
             batch_tokens=batch_tokens,
         )
-    except UnavailableError as error:
+    except (UnavailableError, MachineError) as error:  # a damaged graph, or onnxruntime does not start
         notice(f"torch runs the model instead: {error}")
         return None
 

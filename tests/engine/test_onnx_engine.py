@@ -170,6 +170,20 @@ def test_without_onnxruntime_auto_is_torch_and_onnx_says_what_to_install(
     assert str(caught.value).endswith("; pip install 'gemb[onnx]', or pass --engine torch")
 
 
+def test_where_onnxruntime_cannot_be_imported_auto_goes_on_with_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, told = folder_of(tmp_path), list[str]()
+    write_cached_graph(folder)
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setattr(
+        opening, "is_installed", lambda: True
+    )  # it is there, and a library that it needs is not
+    assert opened(folder, "auto", few_texts=True, notice=told.append).precision != PRECISION
+    (line,) = told
+    assert line.startswith("torch runs the model instead: onnxruntime cannot be imported (")
+
+
 def test_what_rows_were_computed_in_names_the_options_that_do_it_again() -> None:
     assert [options_of(name) for name in (PRECISION, "fp32", "bf16")] == [
         "--engine onnx",
