@@ -9,8 +9,6 @@ How weights are written is told in `gemb.jobs.quantize_exports`, how the export 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -30,7 +28,6 @@ from gemb.files import (
     atomic_write,
     check_writable,
     file_digest,
-    os_errors_explained,
     read_json,
     readable_bytes,
     write_json,
@@ -229,22 +226,17 @@ def _output(setup: _Setup) -> Iterator[Path]:
 
     Of a GGUF file only that is kept, with the record of the folder beside it.
     """
-    from gemb.model.trainable.saving import appearing
+    from gemb.model.trainable.saving import appearing, unfinished
 
     if not setup.is_file:
         with appearing(setup.output) as place:
             yield place
         return
     target = setup.output
-    with os_errors_explained(target):
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
-        try:
-            yield place
-            os.replace(place / "gemb.json", target.with_name(target.name + ".gemb.json"))
-            os.replace(place / GGUF_FILE, target)
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
+    with unfinished(target) as place:
+        yield place
+        os.replace(place / "gemb.json", target.with_name(target.name + ".gemb.json"))
+        os.replace(place / GGUF_FILE, target)
 
 
 def _write(setup: _Setup, place: Path, on_progress: OnProgress) -> None:

@@ -68,8 +68,28 @@ def appearing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises GembError if `target` exists and is not to be overwritten, or is no model.
     """
     check_absent(target, overwrite=overwrite)
+    with unfinished(target) as place:
+        replaced = place.with_suffix(".old")
+        try:
+            yield place
+            if overwrite and target.exists():
+                os.rename(target, replaced)  # a folder that holds something cannot be replaced at once
+            os.replace(place, target)
+        except BaseException:
+            if replaced.exists() and not target.exists():
+                os.rename(replaced, target)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+    fsync_folder(target.parent)
+
+
+@contextmanager
+def unfinished(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target` to prepare it in, which goes away with the block unless it was moved.
+
+    What a writer of the same target left when it was killed is removed.
+    """
     place = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    replaced = place.with_suffix(".old")
     with os_errors_explained(target):
         _remove_remains(target)
         place.mkdir(parents=True)
@@ -78,18 +98,9 @@ def appearing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             with suppress(OSError):  # a drive without locks; then only what is left there stays
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield place
-            if overwrite and target.exists():
-                os.rename(target, replaced)  # a folder that holds something cannot be replaced at once
-            os.replace(place, target)
-        except BaseException:
-            shutil.rmtree(place, ignore_errors=True)
-            if replaced.exists() and not target.exists():
-                os.rename(replaced, target)
-            raise
         finally:
             os.close(descriptor)
-        shutil.rmtree(replaced, ignore_errors=True)
-    fsync_folder(target.parent)
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _remove_remains(target: Path) -> None:
