@@ -293,13 +293,18 @@ def _texts(recipe: AdaptRecipe) -> Iterable[str] | None:
 
 
 def _texts_of(files: Sequence[str]) -> Iterator[str]:
-    """The titles and texts of rows of files, as `gemb embed` reads them."""
+    """The titles and texts of rows of files, as `gemb embed` reads them; an empty text has no tokens.
+
+    Raises GembError for a row that cannot be read, since its text would not tokenise as before.
+    """
     from gemb.text.inputs import resolve_inputs
-    from gemb.text.records import ReadOptions, Record, read_records
+    from gemb.text.records import EMPTY_TEXT, ReadOptions, Record, read_records
 
     for row in read_records(resolve_inputs(files), ReadOptions()):
         if isinstance(row, Record):
             yield f"{row.title} {row.text}" if row.title else row.text
+        elif row.reason != EMPTY_TEXT:
+            raise GembError(f"{row}; mend the row, or take it out: keep_vocab keeps the tokens of every text")
 
 
 # --- encoders, which are only cut

@@ -100,6 +100,25 @@ def test_an_encoder_is_cut_but_not_adapted(models: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("source", ["decoder", "encoder"])
+def test_a_text_that_cannot_be_read_is_told_before_the_vocabulary_is_cut(
+    source: str, models: Path, tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts.jsonl"
+    recipe = AdaptRecipe(source=str(models / source), output=tmp_path / "out", keep_vocab=(str(texts),))
+    texts.write_text('{"text": "w5"}\n{"text": ""}\n{"text": 7}\n', "utf-8")
+    for job in (plan, run):
+        with pytest.raises(GembError) as told:
+            job(recipe)
+        assert str(told.value) == (
+            f'{texts}:3: "text" is the number 7, not a string; mend the row, or take it out: keep_vocab '
+            "keeps the tokens of every text"
+        )
+    texts.write_text('{"text": "w5"}\n{"text": ""}\n', "utf-8")
+    plan(recipe)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl"]
+
+
+@pytest.mark.parametrize("source", ["decoder", "encoder"])
 def test_a_layer_that_is_not_there_is_told_before_anything_is_written(
     source: str, models: Path, tmp_path: Path
 ) -> None:
