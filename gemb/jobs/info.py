@@ -6,6 +6,7 @@ fingerprint, and not again while they stay as they are.
 
 from pathlib import Path
 
+from gemb.engine.onnx_engine import find_graph
 from gemb.files import read_json, readable_bytes
 from gemb.jobs.index_info import describe_index, is_index
 from gemb.model.attention import describe, is_bidirectional, reach_of_layers
@@ -66,6 +67,7 @@ def _holds_vectors(path: Path) -> bool:
 
 def _model(folder: ModelFolder, asked: str | None, would_run: dict[str, str]) -> Report:
     digest = fingerprint(folder)
+    graph = find_graph(folder)
     total, table, size_bytes = _parameters(folder)
     bits = size_bytes * 8 / total
     layers = reach_of_layers(folder.text_config)
@@ -90,6 +92,7 @@ def _model(folder: ModelFolder, asked: str | None, would_run: dict[str, str]) ->
         ("similarity", folder.similarity),
         ("prompts", "\n".join(f"{key}: {text}" for key, text in examples.items()) or "none"),
         ("would run", "\n".join(would_run.values())),
+        *([] if graph is None else [("graph", f"{graph}; onnxruntime runs it where few texts are embedded")]),
         ("loads in", _loads_in(folder)),
         *[("note", note) for note in folder.notes],
     ]
@@ -123,6 +126,7 @@ def _model(folder: ModelFolder, asked: str | None, would_run: dict[str, str]) ->
         "default_prompt": folder.default_prompt,
         "examples": examples,
         "would_run": would_run,
+        "graph": None if graph is None else str(graph),
         "notes": list(folder.notes),
     }
     title = f"{name}: {folder.dims}-wide vectors of up to {folder.max_tokens:,} tokens"

@@ -165,7 +165,8 @@ def _prepare(recipe: QuantizeRecipe, on_progress: OnProgress) -> _Setup:
     choices = Choices(None, None, None, seed=recipe.seed)
     tasks = [read_task(Path(name), choices) for name in recipe.eval]
     export = _export(recipe, source, trained_for)
-    check_writable(recipe.output, export.size_bytes)
+    copies = 1 if recipe.onnx is None else 2  # the graph has the weights once more
+    check_writable(recipe.output, copies * export.size_bytes)
     return _Setup(recipe, recipe.output, source, export, trained_for, tasks)
 
 

@@ -57,7 +57,7 @@ def with_graph(export: Export, source: ModelFolder, onnx: OnnxWeights) -> Export
             raise RuntimeError(f"{name} does not have the weights that the folder has")
         on_tensor(name)
 
-    told = ("graph", f"{name}, its weights beside it in {NAMES[onnx]}_data")
+    told = ("graph", f"{name}, its weights beside it in {NAMES[onnx]}_data, as large again")
     return replace(export, label=f"onnx {onnx}", rows=[*export.rows, told], write=write)
 
 

@@ -11,6 +11,7 @@ import pytest
 from gemb import Encoder
 from gemb.engine.onnx_engine import PRECISION, find_graph
 from gemb.errors import Exit, GateError, GembError, MachineError, MismatchError
+from gemb.jobs import info
 from gemb.jobs import quantize as job
 from gemb.jobs.quantize import QuantizeRecipe
 from gemb.model.folder import fingerprint, read_folder
@@ -71,7 +72,7 @@ def test_transformers_js_is_told_of_the_weights_and_where_to_cut(tmp_path: Path,
 def test_a_plan_tells_of_the_graph_and_writes_nothing(tmp_path: Path, model: Path) -> None:
     plan = job.plan(recipe(model, tmp_path / "out", onnx="int8"))
     assert plan.title == f"would write {model} as onnx int8 to {tmp_path}/out"
-    told = "onnx/model_quantized.onnx, its weights beside it in model_quantized.onnx_data"
+    told = "onnx/model_quantized.onnx, its weights beside it in model_quantized.onnx_data, as large again"
     assert ("graph", told) in plan.rows
     assert not (tmp_path / "out").exists()
 
@@ -81,6 +82,25 @@ def test_what_loses_too_much_is_not_kept(tmp_path: Path, model: Path) -> None:
         job.run(recipe(model, tmp_path / "out", onnx="int4", max_drop=0.0))
     assert caught.value.exit_code == Exit.GATE
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_holds_the_weights_once_is_too_small(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(job, "check_writable", lambda _, size: asked.append(size))
+    for settings in ({"format": "int8"}, {"onnx": "int8"}):
+        job.plan(recipe(model, tmp_path / "out", **settings))
+    assert asked[1] == 2 * asked[0] > 0
+
+
+def test_info_tells_of_the_graph(tmp_path: Path, model: Path) -> None:
+    job.run(recipe(model, tmp_path / "out", onnx="int4"))
+    graph = tmp_path / "out" / "onnx" / "model_q4.onnx"
+    report = info.run(str(tmp_path / "out"), device="cpu")
+    assert ("graph", f"{graph}; onnxruntime runs it where few texts are embedded") in report.rows
+    assert report.data["graph"] == str(graph)
+    assert info.run(str(model), device="cpu").data["graph"] is None
 
 
 def refused(tmp_path: Path, model: Path, **settings: Any) -> str:  # noqa: ANN401
