@@ -114,7 +114,8 @@ class Encoder:
         size and brings the rows back to unit length; `normalise` forces or forbids that.
         Texts longer than the model's maximum are cut.
 
-        Raises MismatchError for an unknown prompt name, GembError for an empty text or a size K > D.
+        Raises MismatchError for an unknown prompt name, GembError for an empty text without a title to stand
+        for it, or a size K > D.
         """
         if isinstance(texts, str):
             raise TypeError("texts is one string; pass a list of strings")
@@ -124,13 +125,12 @@ class Encoder:
         template = self._prompts.template(as_)
         if titles is not None and len(titles) != len(texts):
             raise GembError(f"there are {len(titles)} titles for {len(texts)} texts")
+        rendered = []
         for number, text in enumerate(texts):
-            if not text or text.isspace():
+            title = titles[number] if titles is not None and template.uses_titles else None
+            if not text.strip() and not (title and title.strip()):
                 raise GembError(f"text {number} is empty; leave it out")
-        rendered = [
-            template.render(text, titles[number] if titles is not None else None)
-            for number, text in enumerate(texts)
-        ]
+            rendered.append(template.render(text, title))
         include = self.folder.pooling.include_prompt
         skipped = 0 if include else self._tokeniser.prompt_tokens(template.prefix)
         encoded = self._tokeniser.encode(rendered, prompt_tokens=skipped)

@@ -69,6 +69,17 @@ def test_dims_that_the_model_does_not_give(encoder: Encoder, dims: int) -> None:
         encoder.embed([words(1)], dims=dims)
 
 
+def test_a_title_stands_for_a_text_that_is_empty(encoder: Encoder) -> None:
+    # BEIR folders have such documents.
+    alone, titled = encoder.embed([words(1)], as_="none"), encoder.embed([" "], titles=[words(1)], as_="none")
+    assert titled.shape == alone.shape
+    np.testing.assert_allclose(titled, encoder.embed([f"{words(1)}  "], as_="none"), atol=1e-6)
+    with pytest.raises(GembError, match=r"^text 0 is empty; leave it out$"):
+        encoder.embed([""], titles=[" "])
+    with pytest.raises(GembError, match=r"^text 0 is empty; leave it out$"):
+        encoder.embed([""], titles=[words(1)], as_="query")  # queries have no titles
+
+
 def test_texts_without_a_vector_are_told_by_number(encoder: Encoder) -> None:
     with pytest.raises(GembError, match=r"^text 1 is empty; leave it out$"):
         encoder.embed(["w1", " \n"])
