@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from gemb.merging.thinning import Bounds
 
-BLOCK_ENTRIES = 1 << 22
+BLOCK_ENTRIES = 1 << 18
 BLOCK_BYTES, WHOLE_BYTES = 30, 60
 """What one entry of each model and of the base takes at work, in blocks and as a whole tensor: the most that
 was measured of any method, of float32 and bfloat16 models."""

@@ -9,16 +9,19 @@ that a big model is read once; a cache that cannot be read or written only costs
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import orjson
 
+from gemb.device import available_threads
 from gemb.errors import UnavailableError
 from gemb.model.hub import cache_folder
 from gemb.model.weights import TensorSpec, Weights
 
-_BLOCK_BYTES = 4 << 20  # a multiple of every element size, small enough to stay in the processor's cache
+_BLOCK_BYTES = 1 << 20  # a multiple of every element size, small enough to stay in the processor's cache
+_MOST_THREADS = 4  # more are no quicker than the disk
 # Bits of the exponent: all of them set means infinity or NaN.
 _EXPONENTS = {"F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000),
               "F64": (np.uint64, 0x7FF0000000000000)}  # fmt: skip
@@ -45,13 +48,16 @@ def content_digest(weights: Iterable[Weights], others: Iterable[Path], settings:
 
 def _digest_of_files(weights: list[Weights], others: list[Path]) -> str:
     total = hashlib.sha256()
-    for place, one in enumerate(weights):
-        one.verify()
-        for name, spec in sorted(one.stored.items()):
-            line = f"{place} {name} {spec.dtype} {list(spec.shape)} {_hash_tensor(spec)}\n"
-            total.update(line.encode())
+    with ThreadPoolExecutor(min(_MOST_THREADS, available_threads())) as pool:
+        for place, one in enumerate(weights):
+            one.verify()
+            tensors = sorted(one.stored.items())
+            for (name, spec), digest in zip(
+                tensors, pool.map(_hash_tensor, [spec for _, spec in tensors]), strict=True
+            ):
+                total.update(f"{place} {name} {spec.dtype} {list(spec.shape)} {digest}\n".encode())
     for file in others:
-        total.update(hashlib.sha256(_canonical(file)).digest())
+        total.update(_canonical_digest(file))
     return total.hexdigest()
 
 
@@ -84,15 +90,27 @@ def _hash_tensor(spec: TensorSpec) -> str:
     return digest.hexdigest()
 
 
-def _canonical(file: Path) -> bytes:
-    """The content of `file`; of JSON the values only, of tokenizer.json all but padding and truncation.
-
-    Padding and truncation are settings of whoever saved the file; gemb sets its own.
-    """
+def _canonical_digest(file: Path) -> bytes:
+    """SHA-256 of `_canonical`; a copy of a file that was read before, as merged models have, costs little."""
     try:
         content = file.read_bytes()
     except OSError as error:
         raise UnavailableError(f"{file} cannot be read: {error.strerror}") from error
+    key = (file.name, hashlib.sha256(content).digest())
+    if key not in _canonical_digests:
+        _canonical_digests[key] = hashlib.sha256(_canonical(file, content)).digest()
+    return _canonical_digests[key]
+
+
+_canonical_digests: dict[tuple[str, bytes], bytes] = {}
+"""By name and SHA-256 of the content of a file."""
+
+
+def _canonical(file: Path, content: bytes) -> bytes:
+    """The `content` of `file`; of JSON the values only, of tokenizer.json all but padding and truncation.
+
+    Padding and truncation are settings of whoever saved the file; gemb sets its own.
+    """
     if file.suffix != ".json":
         return content
     try:

@@ -22,7 +22,7 @@ from gemb.model.weights import ITEM_BYTES, TensorSpec
 
 SHARD_BYTES = 5_000_000_000
 """How large one weight file becomes at most, as hubs like it; one larger tensor has a file of its own."""
-_BUFFER_BYTES = 8 << 20
+_BUFFER_BYTES = 256 << 10  # stays in the cache: 8 MiB take six times the processor time
 _ALIGNMENT = 8  # safetensors pads its header so that the numbers begin at a multiple of 8
 
 
