@@ -88,7 +88,7 @@ def _rows(adaptation: EncoderDecoderAdaptation) -> list[tuple[str, str]]:
         ("weights", f"{readable_bytes(adaptation.size_bytes)}, {adaptation.parameters:,} numbers"),
     ]
     if config["dropout_rate"]:
-        rows.append(("dropout", f"{config['dropout_rate']:g} in config.json, for a training with transformers"))
+        rows.append(("dropout", f"{config['dropout_rate']:g} in config.json, for training with transformers"))
     return rows
 
 

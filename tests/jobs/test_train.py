@@ -290,7 +290,7 @@ def test_a_full_disk_while_saving_ends_the_run_and_leaves_the_last_checkpoint(
     from gemb.training import checkpoints
 
     written = 0
-    write = checkpoints._write_tensors
+    write = checkpoints.save_tensors
 
     def full(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         nonlocal written
@@ -300,7 +300,7 @@ def test_a_full_disk_while_saving_ends_the_run_and_leaves_the_last_checkpoint(
         write(path, tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_write_tensors", full)
+        patch.setattr(checkpoints, "save_tensors", full)
         with pytest.raises(MachineError) as error:
             trained(place, tmp_path / "out")
     assert error.value.exit_code == Exit.FAILED

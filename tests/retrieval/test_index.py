@@ -33,7 +33,7 @@ def index(films: Path) -> Iterator[Index]:
 
 
 def open_(path: Path) -> Index:
-    return Index.open(path, device="cpu", precision="fp32", threads=1)
+    return Index.open(path, device="cpu", precision="fp32", threads=1, engine="torch")
 
 
 # --- equivalence

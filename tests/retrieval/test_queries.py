@@ -15,7 +15,7 @@ from tests.conftest import modules_after
 from tests.indexes import embedded, make_films, make_plain, minilm, needs_minilm
 
 pytestmark = needs_minilm
-CPU = {"device": "cpu", "precision": "fp32", "threads": 1}
+CPU = {"device": "cpu", "precision": "fp32", "threads": 1, "engine": "torch"}
 
 
 def encoder(index: Path, **settings: object) -> QueryEncoder:

@@ -52,7 +52,7 @@ match place.removesuffix("-term"):
     case "chunk":
         replace(TrainableEncoder, "forward")
     case "write":
-        replace(checkpoints, "_write_tensors", half=True)
+        replace(checkpoints, "save_tensors", half=True)
     case "rename":
         replace(checkpoints, "write_json")
     case "place":
