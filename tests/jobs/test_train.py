@@ -287,10 +287,10 @@ def test_a_folder_that_is_no_run_is_never_replaced(place: Path, tmp_path: Path) 
 def test_a_full_disk_while_saving_ends_the_run_and_leaves_the_last_checkpoint(
     whole: tuple[Report, Path], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from gemb.model.tensor_file import save_tensors as write
     from gemb.training import checkpoints
 
     written = 0
-    write = checkpoints.save_tensors
 
     def full(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         nonlocal written
