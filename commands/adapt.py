@@ -7,10 +7,18 @@ import typer
 
 from gemb import recipe as recipes
 from gemb.jobs.adapt import AdaptRecipe
-from gemb.report import progress
 
-from ._options import DryRunOption, JsonOption, QuietOption, RecipeOption, SetOption, VerboseOption, option
-from ._show import show
+from ._options import (
+    DryRunOption,
+    JsonOption,
+    QuietOption,
+    RecipeOption,
+    SetOption,
+    VerboseOption,
+    given,
+    option,
+)
+from ._show import plan_or_run
 
 
 def adapt(
@@ -50,32 +58,5 @@ def adapt(
     """
     from gemb.jobs import adapt as job
 
-    given: dict[str, object] = {
-        "source": source,
-        "to": to,
-        "decoder": decoder,
-        "output": output,
-        "attention": attention,
-        "pooling": pooling,
-        "pool_tokens": pool_tokens,
-        "pool_heads": pool_heads,
-        "pool_probes": pool_probes,
-        "projections": projections,
-        "normalise": normalise,
-        "default_prompt": default_prompt,
-        "max_tokens": max_tokens,
-        "dropout": dropout,
-        "keep_layers": keep_layers,
-        "keep_vocab": keep_vocab,
-        "vocabulary": vocabulary,
-        "seed": seed,
-        "max_memory": max_memory,
-        "offline": offline,
-    }
-    wanted = recipes.load(recipe, AdaptRecipe, set_ or (), given)
-    if dry_run:
-        show(job.plan(wanted), json=json, product=True)
-        return
-    with progress(quiet=quiet, json=json, verbose=verbose) as on_progress:
-        report = job.run(wanted, on_progress)
-    show(report, json=json, quiet=quiet)
+    wanted = recipes.load(recipe, AdaptRecipe, set_ or (), given(AdaptRecipe, locals()))
+    plan_or_run(job, wanted, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose)
