@@ -511,11 +511,13 @@ def test_parameters_are_called_as_in_the_files(tmp_path: Path) -> None:
     assert set(model.state_dict()) == names
 
 
-def test_saving_keeps_other_tensors_and_files_and_leaves_other_formats_behind(tmp_path: Path) -> None:
+def test_saving_keeps_other_tensors_and_files_but_no_other_formats_and_no_records(tmp_path: Path) -> None:
     source = tiny_folder(tmp_path / "source", "bert")
     (source / "onnx").mkdir()
     for name in ("onnx/model.onnx", "pytorch_model.bin"):
         (source / name).write_bytes(b"old")
+    for name in ("adapt_report.json", "gemb.json"):
+        (source / name).write_text("{}", "utf-8")
     (source / "README.md").write_text("a card", "utf-8")
     before = load_file(source / "model.safetensors")
     model = moved(trainable(source))
@@ -530,6 +532,8 @@ def test_saving_keeps_other_tensors_and_files_and_leaves_other_formats_behind(tm
     files = {str(file.relative_to(source)) for file in source.rglob("*") if file.is_file()}
     saved = tmp_path / "saved"
     assert {str(file.relative_to(saved)) for file in saved.rglob("*") if file.is_file()} == files - {
+        "adapt_report.json",
+        "gemb.json",
         "onnx/model.onnx",
         "pytorch_model.bin",
     }

@@ -1,7 +1,7 @@
 """A trained model as a folder: the files of its source, the weights anew.
 
 Only what a model needs is taken along: the files at the top and those of the module folders. Weights in other
-formats (pickles, ONNX, GGUF) would be those of the source, so they stay behind.
+formats (pickles, ONNX, GGUF) and records of the making would be those of the source, so they stay behind.
 """
 
 import fcntl
@@ -30,6 +30,7 @@ _WEIGHT_ENDINGS = frozenset({
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".ot", ".gguf",
 })  # fmt: skip
 _INDEX = "model.safetensors.index.json"
+_LEFT_BEHIND = frozenset({_INDEX, "adapt_report.json", "gemb.json"})
 
 
 def save_folder(
@@ -128,10 +129,10 @@ def check_absent(target: Path, *, overwrite: bool = False, hint: str = "move it 
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """Copy the files of one folder, those below it and weights left out."""
+    """Copy the files of one folder, but no weights, no record of how they were made, and nothing below it."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()) if source.is_dir() else ():
-        if file.is_file() and file.suffix not in _WEIGHT_ENDINGS and file.name != _INDEX:
+        if file.is_file() and file.suffix not in _WEIGHT_ENDINGS and file.name not in _LEFT_BEHIND:
             with atomic_write(target / file.name) as copy, file.open("rb") as original:
                 shutil.copyfileobj(original, copy)
 
