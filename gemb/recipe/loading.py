@@ -69,6 +69,10 @@ def load_one_of(
             key = key_of(field)
             _set(values, (key,), value, places, Place(option="--" + key.replace("_", "-")))
             overridden.append(key)
+    given = [key for key in model.alternatives if key in overridden and values[key] is not None]
+    for key in model.alternatives if given else ():
+        if key not in overridden:
+            values.pop(key, None)
     recipe, found = _validate(model, values, places)
     told = {problem.key for problem in problems}
     problems += [problem for problem in found if problem.key not in told]

@@ -34,6 +34,8 @@ class Recipe(BaseModel):
 
     kind: ClassVar[str] = ""
     """The command that runs this recipe, as `kind:` names it in a file; empty for a part of a recipe."""
+    alternatives: ClassVar[tuple[str, ...]] = ()
+    """Keys of which a run has one: one that the command line gives takes the place of the file's."""
 
     _origin: Any = PrivateAttr(default=None)  # set by gemb.recipe.loading.load
 

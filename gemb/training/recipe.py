@@ -258,6 +258,7 @@ class RunRecipe(ComputeRecipe):
     """What all recipes of `gemb train` have in common, whatever is learned."""
 
     kind: ClassVar[str] = "train"
+    alternatives: ClassVar[tuple[str, ...]] = ("steps", "epochs", "tokens")
 
     output: RecipePath | None = None
     """The folder of the finished model; until then OUTPUT.partial holds the run."""
@@ -266,7 +267,8 @@ class RunRecipe(ComputeRecipe):
     schedule: ScheduleSettings = ScheduleSettings()
     """How the learning rate goes over the run."""
     steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps of the run; only one of steps, epochs and tokens is given."""
+    """Optimizer steps of the run. Only one of steps, epochs and tokens is given; one on the command line
+    takes the place of the recipe's."""
     epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Passes over the data; by default 1 where neither steps nor tokens are given."""
     tokens: int | None = Field(default=None, ge=1)
@@ -292,7 +294,7 @@ class RunRecipe(ComputeRecipe):
 
     @model_validator(mode="after")
     def _check_length(self) -> Self:
-        lengths = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
+        lengths = [name for name in self.alternatives if getattr(self, name) is not None]
         if len(lengths) > 1:
             raise ValueError(
                 f"{' and '.join(lengths)} are both given; set one to null, as a run has one length"

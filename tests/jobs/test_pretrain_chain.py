@@ -16,7 +16,7 @@ from tests.conftest import DATA
 from tests.jobs.test_pretrain import sentences
 from tests.training.pretrain_fakes import write_texts
 
-SHORT = ["threads=1", "precision=fp32", "tokens=null", "steps=3"]
+SHORT = ["threads=1", "precision=fp32", "steps=3"]
 
 
 def write_pairs(folder: Path, recipe: TrainRecipe) -> None:
@@ -46,16 +46,18 @@ def test_the_recipes_of_embeddinggemma_run_one_after_another(
     changes = [*SHORT, "data=[texts.jsonl]", "evaluation.texts=[texts.jsonl]", "evaluation.limit=5"]
     pretrain.run(load("tiny_decoder", PretrainRecipe, changes, {"output": Path("decoder")}))
     adapt.run(load("embeddinggemma/1-adapt", AdaptRecipe, (), {"source": "decoder", "output": Path("ed")}))
-    changes = [*SHORT[:2], "steps=3", "model=ed", "max_tokens=64", "batch.tokens=256"]
+    changes = [*SHORT, "model=ed", "max_tokens=64", "batch.tokens=256"]
     pretrain.run(load("embeddinggemma/2-pretrain", PretrainRecipe, changes, {"output": Path("ul2")}))
     adapt.run(load("embeddinggemma/3-encoder", AdaptRecipe, (), {"source": "ul2", "output": Path("encoder")}))
     before = "encoder"
     for name in ("4-prefinetune", "5-finetune"):
         write_pairs(tmp_path, load(f"embeddinggemma/{name}", TrainRecipe))
-        changes = [*SHORT[:2], "steps=3", f"model={before}", "max_tokens=64", "batch.pairs=8"]
+        changes = [*SHORT, f"model={before}", "max_tokens=64", "batch.pairs=8"]
         train.run(load(f"embeddinggemma/{name}", TrainRecipe, changes, {"output": Path(name)}))
         before = name
 
+    assert (tmp_path / "encoder/adapt_report.json").is_file()
+    assert not (tmp_path / "5-finetune/adapt_report.json").exists()
     encoder = Encoder.load(tmp_path / "5-finetune", threads=1)
     vectors = encoder.embed(["w1 w2 w3", "w7 w8"])
     encoder.close()

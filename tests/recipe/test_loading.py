@@ -104,6 +104,41 @@ def test_defaults_file_overrides_and_options_win_in_this_order(write: Callable[[
     assert origin(recipe) == Origin("recipes/mine.yaml", ("threads", "batch_tokens", "batch_tokens"))
 
 
+class Long(Recipe):
+    """A recipe with two ways to say how long a run is."""
+
+    kind = "long"
+    alternatives = ("steps", "hours")
+
+    steps: int | None = None
+    """Steps."""
+    hours: int | None = None
+    """Hours."""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "found"),
+    [
+        ([], {}, (None, 9)),
+        (["steps=3"], {}, (3, None)),
+        ([], {"steps": 3}, (3, None)),
+        (["hours=3"], {}, (None, 3)),
+        (["steps=null"], {}, (None, 9)),
+        (["hours=null"], {}, (None, None)),
+        (["hours=null"], {"steps": 3}, (3, None)),
+        (["steps=3", "hours=4"], {}, (3, 4)),  # for the recipe to refuse
+    ],
+)
+def test_one_of_several_alternatives_on_the_command_line_takes_the_place_of_the_files(
+    write: Callable[[str], str],
+    overrides: list[str],
+    options: dict[str, object],
+    found: tuple[int | None, int | None],
+) -> None:
+    recipe = load(write("hours: 9\n"), Long, overrides, options)
+    assert (recipe.steps, recipe.hours) == found
+
+
 def test_a_recipe_made_in_python_equals_the_loaded_one(write: Callable[[str], str]) -> None:
     path = write("name: a\ntemperature: 1e-2\nnormalise: false\nfirst: {weight: 3}\n")
     made = Sample(name="a", temperature=0.01, normalise=False, first=Source(weight=3))

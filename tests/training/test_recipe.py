@@ -6,6 +6,7 @@ import pytest
 
 from gemb.errors import GembError
 from gemb.recipe import load, resolved
+from gemb.training.pretrain_recipe import PretrainRecipe
 from gemb.training.recipe import ContrastiveTerm, SpreadOutTerm, TrainRecipe, flat
 
 DATA = "data: [{path: pairs.jsonl, prompts: none}]\n"
@@ -35,6 +36,18 @@ def test_terms_are_read_by_their_names(tmp_path: Path) -> None:
 
 def test_the_default_loss_is_the_contrastive_one(tmp_path: Path) -> None:
     assert loaded(tmp_path, "").losses == (ContrastiveTerm(name="contrastive"),)
+
+
+def test_steps_on_the_command_line_take_the_place_of_the_tokens_of_a_recipe() -> None:
+    recipe = load("tiny_decoder", PretrainRecipe)
+    shorter = load("tiny_decoder", PretrainRecipe, ["steps=5"])
+    assert (recipe.steps, recipe.tokens) == (None, 400_000)
+    assert (shorter.steps, shorter.tokens) == (5, None)
+    with pytest.raises(GembError) as error:
+        load("tiny_decoder", PretrainRecipe, ["steps=5"], {"tokens": 900})
+    assert str(error.value).endswith(
+        "steps and tokens are both given; set one to null, as a run has one length"
+    )
 
 
 def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
