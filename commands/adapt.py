@@ -26,6 +26,10 @@ def adapt(
         str | None,
         typer.Argument(metavar="SOURCE", help="The decoder: a model folder, or a name on the hub."),
     ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to change, such as dropout=0.1."),
+    ] = None,
     to: Annotated[str | None, option(AdaptRecipe, "to")] = None,
     decoder: Annotated[str | None, option(AdaptRecipe, "decoder", metavar="MODEL")] = None,
     output: Annotated[Path | None, option(AdaptRecipe, "output")] = None,
@@ -58,5 +62,9 @@ def adapt(
     """
     from gemb.jobs import adapt as job
 
-    wanted = recipes.load(recipe, AdaptRecipe, set_ or (), given(AdaptRecipe, locals()))
+    keys = given(AdaptRecipe, locals())
+    words = [*(changes or ()), *(set_ or ())]
+    if source is not None and "=" in source and not Path(source).exists():
+        words.insert(0, str(keys.pop("source")))  # the recipe has the source
+    wanted = recipes.load(recipe, AdaptRecipe, words, keys)
     plan_or_run(job, wanted, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose)

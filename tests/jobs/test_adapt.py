@@ -184,7 +184,7 @@ def test_the_command_adapts_and_refuses_to_write_twice(
     gemb: Callable[..., Finished], models: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    words = ["adapt", models / "decoder", "-o", output, "--keep-layers", "0,2", "--projections", "32,16"]
+    words = ["adapt", models / "decoder", "-o", output, "projections=[32, 16]", "--keep-layers", "0,2"]
     dry = gemb(*words, "--dry-run")
     assert dry.code == 0, dry.err
     assert f"would adapt {models / 'decoder'} into {output}" in dry.out
@@ -198,6 +198,19 @@ def test_the_command_adapts_and_refuses_to_write_twice(
     for again in (gemb(*words), gemb(*words, "--dry-run")):
         assert (again.code, again.out) == (2, "")
         assert again.err == f"gemb: {output} exists; choose another path for the model, or move it away\n"
+
+
+def test_a_recipe_that_has_the_source_is_changed_by_words(
+    gemb: Callable[..., Finished], models: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"kind: adapt\nsource: {models / 'decoder'}\noutput: out\n", "utf-8")
+    done = gemb("adapt", "--recipe", recipe, "normalise=false", "max_tokens=9", "--dry-run", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["max_tokens"] == 9
+    wrong = gemb("adapt", "--recipe", recipe, "poling=cls", "--dry-run")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert "poling: no such key; did you mean pooling?" in wrong.err
 
 
 def test_the_command_proves_a_model_larger_than_the_memory_layer_by_layer(
