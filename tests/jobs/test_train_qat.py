@@ -106,26 +106,26 @@ def _in_training(
     return vectors
 
 
+def score(place: Path, folder: Path) -> float:
+    """nDCG@10 of the held-out pairs: each query finds one positive among all."""
+    held_out = [json.loads(line) for line in (place / "held-out.jsonl").read_text("utf-8").splitlines()]
+    encoder = Encoder.load(folder, threads=1, precision="fp32")
+    queries = encoder.embed([row["query"] for row in held_out], as_="query")
+    passages = encoder.embed([row["positive"] for row in held_out], as_="document")
+    encoder.close()
+    cosines = queries @ passages.T
+    ranks = (cosines > np.diag(cosines)[:, None]).sum(1)
+    return float(np.where(ranks < 10, 1 / np.log2(ranks + 2), 0).mean())
+
+
 def test_scores_after_the_first_step_are_those_of_the_export_and_the_folder_keeps_the_floats(
     place: Path, whole: tuple[Report, Path], tmp_path: Path
 ) -> None:
     report, output = whole
     measures: Any = report.data["measures"]
-    held_out = [json.loads(line) for line in (place / "held-out.jsonl").read_text("utf-8").splitlines()]
-
-    def score(folder: Path) -> float:
-        """nDCG@10 of the held-out pairs: each query finds one positive among all."""
-        encoder = Encoder.load(folder, threads=1, precision="fp32")
-        queries = encoder.embed([row["query"] for row in held_out], as_="query")
-        passages = encoder.embed([row["positive"] for row in held_out], as_="document")
-        encoder.close()
-        cosines = queries @ passages.T
-        ranks = (cosines > np.diag(cosines)[:, None]).sum(1)
-        return float(np.where(ranks < 10, 1 / np.log2(ranks + 2), 0).mean())
-
     export = exported(output, tmp_path / "export")
-    assert measures["before"]["held-out/nDCG@10"] == pytest.approx(score(place / "base"))
-    assert measures["after"]["held-out/nDCG@10"] == pytest.approx(score(export))
+    assert measures["before"]["held-out/nDCG@10"] == pytest.approx(score(place, place / "base"))
+    assert measures["after"]["held-out/nDCG@10"] == pytest.approx(score(place, export))
     assert not same(output, export)
 
 
@@ -159,6 +159,27 @@ def test_record_report_and_card_say_what_the_model_was_trained_for(whole: tuple[
     card = (output / "README.md").read_text("utf-8")
     assert "Trained for the format int4 from 50 % of the run on;" in card
     assert f"gemb quantize {output} --format int4 -o {output}-int4" in card
+
+
+def test_a_sum_of_low_rank_is_trained_and_scored_as_its_export_has_it(place: Path, tmp_path: Path) -> None:
+    changes = ('lora={rank: 2, targets: ["*q_proj*", "*mlp*"]}', "qat.start=0.3", "ema=null")
+    report = trained(place, tmp_path / "out", *changes)
+    before, after = weights(place / "base"), weights(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "q_proj" in name or "mlp" in name}
+    for name in changed:  # what is kept is the sum in floats, on no grid
+        assert int(torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-4)) == 2
+    steps = [line for line in metrics(tmp_path / "out") if "loss" in line]
+    assert [line.get("quantised", False) for line in steps] == [False] * 3 + [True] * 4
+    measures: Any = report.data["measures"]
+    export = exported(tmp_path / "out", tmp_path / "export")
+    assert measures["after"]["held-out/nDCG@10"] == pytest.approx(score(place, export))
+
+    trained(place, tmp_path / "floats", *changes, "qat=null")
+    plain = [line for line in metrics(tmp_path / "floats") if "loss" in line]
+    assert steps[:3] == plain[:3]
+    assert steps[3]["loss"] != plain[3]["loss"]
+    assert not same(tmp_path / "out", tmp_path / "floats")
 
 
 class Halt(Exception):
