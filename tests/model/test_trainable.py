@@ -23,7 +23,7 @@ from gemb.model.folder import read_folder
 from gemb.model.kernels import Kernels
 from gemb.model.layout import Layout
 from gemb.model.trainable import TrainableEncoder
-from gemb.model.trainable.functions import AttentionSettings, packed_attention
+from gemb.model.trainable.attention import AttentionSettings, packed_attention
 from gemb.model.trainable.saving import appearing
 from tests.models import (
     MODES,

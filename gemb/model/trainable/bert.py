@@ -11,8 +11,9 @@ from torch import Tensor
 from gemb.model.attention import FULL
 from gemb.model.families import NotPacked, activation_of, prefix_of
 from gemb.model.layout import Layout
+from gemb.model.trainable.attention import AttentionSettings
 from gemb.model.trainable.blocks import Attention, Computation, FeedForward, fuse_layer, run_layers
-from gemb.model.trainable.functions import AttentionSettings, embedded
+from gemb.model.trainable.functions import embedded
 from gemb.model.trainable.parameters import ParameterTree, Tensors
 from gemb.model.trainable.quantised import looked_up
 

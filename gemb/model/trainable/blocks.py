@@ -14,16 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from gemb.model.kernels import Rotary
 from gemb.model.layout import Group, Layout
-from gemb.model.trainable.functions import (
+from gemb.model.trainable.attention import (
     AttentionSettings,
-    Norm,
-    feed_forward,
-    normed_linear,
     packed_attention,
     pair_order,
-    returned,
     source_attention,
 )
+from gemb.model.trainable.functions import Norm, feed_forward, normed_linear, returned
 from gemb.model.trainable.parameters import Tensors, lay_together
 
 Recompute = Literal["nothing", "feed_forward", "layers"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gemb.errors import MismatchError
 from gemb.model.families import FAMILIES, NotPacked
 from gemb.model.folder import DenseSettings, LayerNormSettings, ModelFolder, ModuleSpec
-from gemb.model.layout import Layout
+from gemb.model.layout import Layout, packed_places
 from gemb.model.pooling import tensor_names, with_tensors
 from gemb.model.trainable import bert, embedding_gemma2, gated
 from gemb.model.trainable.blocks import Computation, Recompute, TrainableBackbone
@@ -117,7 +117,8 @@ class TrainableEncoder(nn.Module):
         if len(sizes) == 0 or sizes.min() < 1 or int(sizes.sum()) != len(ids):
             raise ValueError(f"lengths of {int(sizes.sum())} tokens for {len(ids)} ids; each is 1 at least")
         order = np.argsort(-sizes, kind="stable")  # equal lengths side by side, longest first
-        ids, sizes = ids[_tokens_in_order(sizes, order).to(ids.device)], sizes[order]
+        places = torch.from_numpy(packed_places(sizes, order)).to(ids.device)
+        ids, sizes = ids[places], sizes[order]
         skip = np.zeros_like(sizes)
         if prompt_tokens is not None and not self._include_prompt:
             skip = _as_array(prompt_tokens)[order]
@@ -259,14 +260,6 @@ def _linear(x: Tensor, layer: Tensors) -> Tensor:
 def _as_array(numbers: Tensor | NDArray[np.int32]) -> NDArray[np.int32]:
     array = numbers.cpu().numpy() if isinstance(numbers, Tensor) else numbers
     return np.ascontiguousarray(array, dtype=np.int32)
-
-
-def _tokens_in_order(lengths: NDArray[np.int32], order: NDArray[np.int64]) -> Tensor:
-    """int64[T], the packed places of the tokens of the texts in `order`."""
-    starts = (np.cumsum(lengths) - lengths)[order]
-    sizes = lengths[order]
-    shifts = np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
-    return torch.from_numpy(np.arange(len(shifts)) + shifts)
 
 
 def _below(values: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

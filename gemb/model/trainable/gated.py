@@ -16,6 +16,7 @@ from gemb.model.families.gated import GEMMA_NORMS, Norms, Traits, layer_reaches,
 from gemb.model.families.rope import rotary
 from gemb.model.kernels import Rotary
 from gemb.model.layout import Layout
+from gemb.model.trainable.attention import AttentionSettings
 from gemb.model.trainable.blocks import (
     Attention,
     Computation,
@@ -25,7 +26,7 @@ from gemb.model.trainable.blocks import (
     fuse_layer,
     run_layers,
 )
-from gemb.model.trainable.functions import AttentionSettings, Norm, norm_rows
+from gemb.model.trainable.functions import Norm, norm_rows
 from gemb.model.trainable.parameters import ParameterTree, Tensors
 from gemb.model.trainable.quantised import looked_up
 
