@@ -256,7 +256,7 @@ def _refuse_existing(output: Path) -> None:
 
 
 def _is_encoder(source: ModelFolder) -> bool:
-    if is_encoder_decoder(source):
+    if is_encoder_decoder(source.config):
         return False
     reaches = reach_of_layers(source.text_config)
     return bool(reaches) and is_bidirectional(reaches or ())
@@ -391,7 +391,7 @@ def _report(adaptation: Adaptation, adapted: Adapted, output: Path) -> Report:
 
 def _source_rows(adaptation: Adaptation, proofs: Proofs) -> list[tuple[str, str]]:
     """What was seen beside the source."""
-    if is_encoder_decoder(adaptation.source):
+    if is_encoder_decoder(adaptation.source.config):
         tokens, beyond = proofs.source_tokens, proofs.difference_beyond
         up_to = "" if tokens is None else f" for texts of up to {tokens:,} tokens"
         said = f"its states are those of the source's encoder{up_to}"
@@ -413,7 +413,7 @@ def _rows(adaptation: Adaptation) -> list[tuple[str, str]]:
     widths = [int(config["hidden_size"]), *wanted.projections]
     architecture = config["architectures"][0]
     kind = adaptation.kind
-    if is_encoder_decoder(adaptation.source):
+    if is_encoder_decoder(adaptation.source.config):
         kind = f"the encoder of {adaptation.source.family}"
     rows = [
         ("source", f"{adaptation.source.path} ({kind})"),

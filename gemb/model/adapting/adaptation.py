@@ -201,7 +201,7 @@ def write(
         kept_ids = None if adaptation.cut is None else adaptation.cut.kept
         fits = adaptation.proving_bytes <= (memory_bytes or free_memory_bytes("cpu") or math.inf)
         try:
-            proofs = (prove if fits or is_encoder_decoder(source) else prove_by_layer)(
+            proofs = (prove if fits or is_encoder_decoder(source.config) else prove_by_layer)(
                 place,
                 source,
                 adaptation.kind,

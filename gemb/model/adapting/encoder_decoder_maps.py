@@ -131,7 +131,7 @@ def check_pair(pair: Pair) -> None:
 def _check_decoder(source: ModelFolder) -> None:
     config, file = text_config(source), source.path / "config.json"
     kind = config["model_type"]
-    if is_encoder_decoder(source):
+    if is_encoder_decoder(source.config):
         raise MismatchError(
             f"{source.path}: {source.family} is an encoder-decoder already; --to encoder takes its encoder"
         )

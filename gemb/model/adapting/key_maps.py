@@ -108,7 +108,7 @@ def family_of(source: ModelFolder) -> Family:
     Raises MismatchError if it is one already, or of a family that is not known here.
     """
     config = text_config(source)
-    if is_encoder_decoder(source):
+    if is_encoder_decoder(source.config):
         return ENCODERS[config["model_type"]]
     reaches = reach_of_layers(config)
     if reaches and is_bidirectional(reaches):
@@ -124,10 +124,10 @@ def family_of(source: ModelFolder) -> Family:
     return FAMILIES[config["model_type"]]
 
 
-def is_encoder_decoder(source: ModelFolder) -> bool:
-    """Whether the model of `source` has an encoder to take out, and a decoder."""
-    # Left out of config.json it is true, as in their classes.
-    return source.family in ("t5gemma", "t5gemma2") and bool(source.config.get("is_encoder_decoder", True))
+def is_encoder_decoder(config: Mapping[str, Any]) -> bool:
+    """Whether the model of this config.json has an encoder to take out, and a decoder."""
+    is_known = config.get("model_type") in ("t5gemma", "t5gemma2")
+    return is_known and bool(config.get("is_encoder_decoder", True))  # left out, it is that of their classes
 
 
 def text_config(source: ModelFolder) -> dict[str, Any]:

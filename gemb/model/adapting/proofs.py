@@ -94,7 +94,7 @@ def prove(
         kind,
         causal=causal,
         kept_ids=kept_ids,
-        of_encoder_decoder=is_encoder_decoder(source),
+        of_encoder_decoder=is_encoder_decoder(source.config),
     )
 
 
@@ -219,7 +219,7 @@ def source_model(source: ModelFolder, keep_layers: Sequence[int]) -> Any:  # noq
     Of an encoder-decoder, its encoder.
     """
     model = load_encoder(source.transformer.folder)
-    if is_encoder_decoder(source):
+    if is_encoder_decoder(source.config):
         model = getattr(model.get_encoder(), "text_model", model.get_encoder())
     model = getattr(model, "language_model", model)
     if keep_layers:
