@@ -15,7 +15,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -35,6 +35,11 @@ ARMS = FOLDER / "ablations"
 LINES = FOLDER / "results" / "ablations.jsonl"
 TABLE = FOLDER / "results" / "ablations.md"
 SEEDS = (1, 2, 3)
+Run = tuple[str, int]
+"""Arm and seed."""
+ArmOption = Annotated[str | None, typer.Option(help="Only this arm.")]
+SeedOption = Annotated[int | None, typer.Option(help="Only this seed.")]
+TableOption = Annotated[bool, typer.Option("--table", help="Run nothing, write the table.")]
 
 
 @dataclass(frozen=True)
@@ -82,21 +87,39 @@ def before(arm: str) -> tuple[str, ...]:
     return (BEGINNINGS[arm],) if arm in BEGINNINGS else INGREDIENTS.get(arm, ())
 
 
-def finished() -> dict[tuple[str, int], dict[str, Any]]:
+def arms() -> list[str]:
+    """Every arm of a comparison."""
+    return list(dict.fromkeys(arm for comparison in COMPARISONS for arm in comparison.arms))
+
+
+def finished() -> dict[Run, dict[str, Any]]:
     """The lines that are there, by arm and seed; those of other recipes are left out."""
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    for text in LINES.read_bytes().splitlines() if LINES.is_file() else ():
+    return lines_in(LINES, {arm: digest_of(arm) for arm in arms()})
+
+
+def lines_in(file: Path, digests: Mapping[str, str]) -> dict[Run, dict[str, Any]]:
+    """The lines of a file by arm and seed, those with the digest that their arm has now."""
+    found: dict[Run, dict[str, Any]] = {}
+    for text in file.read_bytes().splitlines() if file.is_file() else ():
         with suppress(orjson.JSONDecodeError):  # what a crash left half-written
             line = orjson.loads(text)
-            if recipe_of(line["arm"]).is_file() and line["recipe"] == digest_of(line["arm"]):
+            if digests.get(line["arm"]) == line["recipe"]:
                 found[line["arm"], line["seed"]] = line
     return found
 
 
-def wanted() -> Iterator[tuple[str, int]]:
-    """Every arm of a comparison with every seed, all arms with the first seed before the next one."""
-    arms = dict.fromkeys(arm for comparison in COMPARISONS for arm in comparison.arms)
-    return ((arm, seed) for seed in SEEDS for arm in arms)
+def wanted() -> Iterator[Run]:
+    """Every arm with every seed, all arms with the first seed before the next one."""
+    return ((arm, seed) for seed in SEEDS for arm in arms())
+
+
+def missing(
+    runs: Iterable[Run], done: Callable[[], Collection[Run]], arm: str | None, seed: int | None
+) -> Iterator[Run]:
+    """Those of some runs, of one arm or seed if told, that are not `done` when their turn comes."""
+    for run in runs:
+        if arm in (None, run[0]) and seed in (None, run[1]) and run not in done():
+            yield run
 
 
 def run_arm(arm: str, seed: int) -> dict[str, object]:
@@ -218,9 +241,8 @@ def measures(model: Path, sets: Sequence[str]) -> dict[str, float]:
         encoder.close()
 
 
-def append(line: Mapping[str, object], lines: Path | None = None) -> None:
+def append(line: Mapping[str, object], lines: Path) -> None:
     """Add one line, on the disk when this returns; what a crash left half-written is ended first."""
-    lines = lines or LINES
     lines.parent.mkdir(exist_ok=True)
     with lines.open("ab+") as file:
         if file.tell():
@@ -232,22 +254,28 @@ def append(line: Mapping[str, object], lines: Path | None = None) -> None:
         os.fsync(file.fileno())
 
 
-def table(lines: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
+def table(lines: Mapping[Run, Mapping[str, Any]]) -> str:
     """The Markdown page of what is there."""
-    missing = [f"{arm}/{seed}" for arm, seed in wanted() if (arm, seed) not in lines]
-    total = len(list(wanted()))
-    head = [
-        "# Ablations",
-        "",
+    about = (
         "Mean ± standard deviation over seeds; `n` is how many there are. Made by "
-        "`python -m benchmarks.ablate` from the recipes in `benchmarks/ablations`.",
-    ]
-    if missing:
-        head += ["", f"Partial: {total - len(missing)} of {total} runs; missing {', '.join(missing)}."]
-    return "\n".join([*head, *(line for one in COMPARISONS for line in _section(one, lines)), ""])
+        "`python -m benchmarks.ablate` from the recipes in `benchmarks/ablations`."
+    )
+    sections = (text for one in COMPARISONS for text in section(one, lines))
+    return page("Ablations", about, lines, wanted(), sections)
 
 
-def _section(comparison: Comparison, lines: Mapping[tuple[str, int], Mapping[str, Any]]) -> Iterator[str]:
+def page(title: str, about: str, lines: Collection[Run], runs: Iterable[Run], sections: Iterable[str]) -> str:
+    """A Markdown page that says which of the `runs` have no line yet."""
+    every = list(runs)
+    left = [f"{arm}/{seed}" for arm, seed in every if (arm, seed) not in lines]
+    head = [f"# {title}", "", about]
+    if left:
+        head += ["", f"Partial: {len(every) - len(left)} of {len(every)} runs; missing {', '.join(left)}."]
+    return "\n".join([*head, *sections, ""])
+
+
+def section(comparison: Comparison, lines: Mapping[Run, Mapping[str, Any]]) -> Iterator[str]:
+    """The lines of Markdown of one comparison."""
     runs = {arm: [line for (name, _), line in lines.items() if name == arm] for arm in comparison.arms}
     names = list(
         dict.fromkeys(
@@ -282,28 +310,22 @@ def _spread(values: Sequence[float]) -> str:
 def clear_away() -> None:
     """Remove the models that no missing arm needs."""
     done = finished()
-    missing = [run for run in wanted() if run not in done]
-    needed = set(missing)
-    for arm, seed in missing:
+    left = [run for run in wanted() if run not in done]
+    needed = set(left)
+    for arm, seed in left:
         needed.update((first, seed) for other in before(arm) for first in (other, *before(other)))
     for arm, seed in done:
         if (arm, seed) not in needed:
             shutil.rmtree(folder_of(arm, seed), ignore_errors=True)
 
 
-def main(
-    arm: Annotated[str | None, typer.Option(help="Only this arm.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Only this seed.")] = None,
-    only_table: Annotated[bool, typer.Option("--table", help="Run nothing, write the table.")] = False,
-) -> None:
+def main(arm: ArmOption = None, seed: SeedOption = None, only_table: TableOption = False) -> None:
     """Run the arms and seeds that are missing, then write the table."""
-    if not only_table:
-        for name, number in wanted():
-            if arm in (None, name) and seed in (None, number) and (name, number) not in finished():
-                line = run_arm(name, number)
-                append(line)
-                clear_away()
-                print(f"{name} {number}: {line['seconds']} s, {line['measures']}")
+    for name, number in () if only_table else missing(wanted(), finished, arm, seed):
+        line = run_arm(name, number)
+        append(line, LINES)
+        clear_away()
+        print(f"{name} {number}: {line['seconds']} s, {line['measures']}")
     with atomic_write(TABLE) as file:
         file.write(table(finished()).encode())
 

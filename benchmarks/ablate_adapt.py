@@ -12,15 +12,12 @@ Needs `../shared/data`.
 """
 
 import shutil
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import orjson
 import typer
 
 from benchmarks import ablate
@@ -98,18 +95,12 @@ def digest_of(stages: Sequence[Stage]) -> str:
     return digest.hexdigest()
 
 
-def finished() -> dict[tuple[str, int], dict[str, Any]]:
+def finished() -> dict[ablate.Run, dict[str, Any]]:
     """The lines that are there, by arm and seed; those of other chains are left out."""
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    for text in LINES.read_bytes().splitlines() if LINES.is_file() else ():
-        with suppress(orjson.JSONDecodeError):  # what a crash left half-written
-            line = orjson.loads(text)
-            if line["arm"] in ARMS and line["recipe"] == digest_of(ARMS[line["arm"]]):
-                found[line["arm"], line["seed"]] = line
-    return found
+    return ablate.lines_in(LINES, {arm: digest_of(chain) for arm, chain in ARMS.items()})
 
 
-def wanted() -> Iterator[tuple[str, int]]:
+def wanted() -> Iterator[ablate.Run]:
     """Every arm with every seed, all arms with the first seed before the next one."""
     return ((arm, seed) for seed in SEEDS for arm in ARMS)
 
@@ -197,57 +188,26 @@ def untrained(output: Path, seed: int) -> Path:
     return output
 
 
-def table(lines: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
+def table(lines: Mapping[ablate.Run, Mapping[str, Any]]) -> str:
     """The Markdown page of what is there."""
-    missing = [f"{arm}/{seed}" for arm, seed in wanted() if (arm, seed) not in lines]
-    total = len(list(wanted()))
-    page = [
-        "# Adapting and pretraining",
-        "",
+    about = (
         "Mean ± standard deviation over seeds; `n` is how many there are. Small models, the same pairs for "
         "all arms. Made by `python -m benchmarks.ablate_adapt` from the chains of recipes in "
-        "`benchmarks/ablations_adapt`.",
-    ]
-    if missing:
-        page += ["", f"Partial: {total - len(missing)} of {total} runs; missing {', '.join(missing)}."]
-    for comparison in COMPARISONS:
-        page += ["", f"## {comparison.title}", ""]
-        runs = {arm: [line for (name, _), line in lines.items() if name == arm] for arm in comparison.arms}
-        names = dict.fromkeys(
-            name for own in runs.values() for line in own for name in line["measures"] if "[f32]" in name
-        )
-        if not names:
-            page.append("No run yet.")
-            continue
-        page.append("| measure | " + " | ".join(f"{arm} (n={len(own)})" for arm, own in runs.items()) + " |")
-        page.append("| --- |" + " --- |" * len(runs))
-        for name in names:
-            cells = (spread([line["measures"][name] for line in own]) for own in runs.values())
-            page.append(f"| {name.removesuffix(' [f32]')} | " + " | ".join(cells) + " |")
-    return "\n".join([*page, ""])
-
-
-def spread(values: Sequence[float]) -> str:
-    """`0.412 ± 0.006`, the value alone where there is but one, nothing where there is none."""
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+        "`benchmarks/ablations_adapt`."
+    )
+    sections = (text for one in COMPARISONS for text in ablate.section(one, lines))
+    return ablate.page("Adapting and pretraining", about, lines, wanted(), sections)
 
 
 def main(
-    arm: Annotated[str | None, typer.Option(help="Only this arm.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Only this seed.")] = None,
-    only_table: Annotated[bool, typer.Option("--table", help="Run nothing, write the table.")] = False,
+    arm: ablate.ArmOption = None, seed: ablate.SeedOption = None, only_table: ablate.TableOption = False
 ) -> None:
     """Run the arms and seeds that are missing, then write the table."""
-    if not only_table:
-        for name, number in wanted():
-            if arm in (None, name) and seed in (None, number) and (name, number) not in finished():
-                line = run_arm(name, number)
-                ablate.append(line, LINES)
-                shutil.rmtree(folder_of(ARMS[name], number), ignore_errors=True)
-                print(f"{name} {number}: {line['seconds']} s, {line['measures']}")
+    for name, number in () if only_table else ablate.missing(wanted(), finished, arm, seed):
+        line = run_arm(name, number)
+        ablate.append(line, LINES)
+        shutil.rmtree(folder_of(ARMS[name], number), ignore_errors=True)
+        print(f"{name} {number}: {line['seconds']} s, {line['measures']}")
     with atomic_write(TABLE) as file:
         file.write(table(finished()).encode())
 

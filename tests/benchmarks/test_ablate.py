@@ -72,16 +72,16 @@ def test_all_arms_of_a_comparison_see_the_same_data_for_as_many_steps() -> None:
 
 
 def test_a_line_that_a_crash_left_half_written_is_passed_over(place: Path) -> None:
-    ablate.append(line("mask", 1, a=0.5))
+    ablate.append(line("mask", 1, a=0.5), ablate.LINES)
     with ablate.LINES.open("ab") as file:
         file.write(b'{"arm": "mask", "seed": 2, "measures": {"a": 0.1}')
     assert set(ablate.finished()) == {("mask", 1)}
-    ablate.append(line("mask", 3, a=0.7))
+    ablate.append(line("mask", 3, a=0.7), ablate.LINES)
     assert set(ablate.finished()) == {("mask", 1), ("mask", 3)}
 
 
 def test_a_changed_recipe_is_missing_again(place: Path) -> None:
-    ablate.append({**line("mask", 1, a=0.5), "recipe": "another"})
+    ablate.append({**line("mask", 1, a=0.5), "recipe": "another"}, ablate.LINES)
     assert ablate.finished() == {}
 
 
@@ -149,12 +149,12 @@ def test_a_model_goes_when_all_that_need_it_have_their_lines(
         return {arm for arm in arms if ablate.folder_of(arm, 1).is_dir()}
 
     for arm in ("contrastive", "mask", "mixture_nli"):
-        ablate.append(line(arm, 1, a=0.5))
+        ablate.append(line(arm, 1, a=0.5), ablate.LINES)
     assert left() == set(arms) - {"mask"}
     for arm in ("mixture_tldr", "mixture_bash"):
-        ablate.append(line(arm, 1, a=0.5))
+        ablate.append(line(arm, 1, a=0.5), ablate.LINES)
     assert left() == set(arms) - {"mask"}, "the soup needs them all"
-    ablate.append(line("soup", 1, a=0.5))
+    ablate.append(line("soup", 1, a=0.5), ablate.LINES)
     assert left() == set()
 
 
@@ -166,7 +166,7 @@ def test_only_what_is_missing_is_run(place: Path, monkeypatch: pytest.MonkeyPatc
         return {**line(arm, seed, a=0.5), "seconds": 1}
 
     monkeypatch.setattr(ablate, "run_arm", run_arm)
-    ablate.append(line("mask", 2, a=0.5))
+    ablate.append(line("mask", 2, a=0.5), ablate.LINES)
     ablate.main(arm="mask", only_table=False)
     assert ran == [("mask", 1), ("mask", 3)]
     ablate.main(arm="mask", seed=1, only_table=False)
