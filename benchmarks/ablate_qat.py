@@ -1,16 +1,18 @@
-"""What training for a format is worth: MiniLM fine-tuned in floats and for int4 and mixed, then quantised.
+"""What training for a format is worth: MiniLM taught by itself to live on the grids of int4 and of mixed.
 
-An arm is a recipe in `ablations_qat/`; the three differ in `qat` alone. A trained model is measured as it is
-and with its weights on the grids of a format, as `gemb quantize` has them. The gap of a format is what the
-model tuned in floats loses by it; the table says which share of it training for the format closes. Every
-arm and seed takes one to two minutes on one core and adds a line to `results/ablations-qat.jsonl`, so that a
-rerun does only what is missing. Needs `../shared/data`.
+The gap of a format is what the model loses where its weights are rounded to the grids, as `gemb quantize`
+has them. An arm is a recipe in `ablations_qat/` that distils MiniLM into itself with `qat`; what it trained
+is measured on the same grids, and the table says which share of the gap that closes. Many retrieval and
+similarity sets are asked, none of which is trained on: the gap of one set is small beside its noise. Every
+arm and seed takes some minutes on one core and adds a line to `results/ablations-qat.jsonl`, so that a rerun
+does only what is missing. Needs `../shared/data`.
 
-    python -m benchmarks.ablate_qat                        everything that is missing, a quarter of an hour
+    python -m benchmarks.ablate_qat                        everything that is missing, an hour
     python -m benchmarks.ablate_qat --arm int4 --seed 1
     python -m benchmarks.ablate_qat --table                only the table, from what is there
 """
 
+import gzip
 import shutil
 import statistics
 import tempfile
@@ -26,71 +28,94 @@ import typer
 
 from benchmarks import ablate
 from benchmarks.machine import this_machine
+from benchmarks.models import SHARED_DATA, minilm_folder
+from gemb.evaluation.retrieval import Retrieval
+from gemb.evaluation.tasks import Task, Texts
 from gemb.files import atomic_write
 
 ARMS = ablate.FOLDER / "ablations_qat"
 LINES = ablate.FOLDER / "results" / "ablations-qat.jsonl"
 TABLE = ablate.FOLDER / "results" / "ablations-qat.md"
 SEEDS = (1, 2, 3)
+SOURCE = "source"
+"""The arm that trains nothing: MiniLM as it is."""
 FLOAT = "float"
 FORMATS = ("int4", "mixed")
 """Each is the name of the arm that trains for it, too."""
 SHARE_BAR = 0.5
+PAIRS = ("squad-question-sentence", "openstax-glossary")
+"""Files of pairs that are asked as retrieval sets: some of the anchors for all of their positives."""
+BEIR = ("tldr-commands", "nl2bash")
+SIMILARITY = ("stsb/stsb-en.test", "sts12", "sts14", "sts15")
+_MOST_PAIRS = 4_000
 
 
 def digest_of(arm: str) -> str:
     """What tells a recipe from a changed one."""
-    return blake2b((ARMS / f"{arm}.yaml").read_bytes(), digest_size=6).hexdigest()
+    recipe = b"" if arm == SOURCE else (ARMS / f"{arm}.yaml").read_bytes()
+    asked = " ".join((*PAIRS, *BEIR, *SIMILARITY)).encode()
+    return blake2b(recipe + asked, digest_size=6).hexdigest()
 
 
 def finished() -> dict[tuple[str, int], dict[str, Any]]:
     """The lines that are there, by arm and seed; those of other recipes are left out."""
+    arms = (SOURCE, *FORMATS)
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for text in LINES.read_bytes().splitlines() if LINES.is_file() else ():
         with suppress(orjson.JSONDecodeError):  # what a crash left half-written
             line = orjson.loads(text)
-            if (ARMS / f"{line['arm']}.yaml").is_file() and line["recipe"] == digest_of(line["arm"]):
+            if line["arm"] in arms and line["recipe"] == digest_of(line["arm"]):
                 found[line["arm"], line["seed"]] = line
     return found
 
 
 def wanted() -> Iterator[tuple[str, int]]:
-    """Every arm with every seed, all arms with the first seed before the next one."""
-    return ((arm, seed) for seed in SEEDS for arm in (FLOAT, *FORMATS))
+    """The source once, then every arm with every seed, all arms with the first seed before the next one."""
+    yield SOURCE, 0
+    for seed in SEEDS:
+        for arm in FORMATS:
+            yield arm, seed
 
 
 def run_arm(arm: str, seed: int) -> dict[str, object]:
-    """Train one arm with one seed and measure it in every format; gives its line.
+    """Train one arm with one seed and measure it on the grids of its format; gives its line.
 
     What was killed goes on where it was: the run has a folder of its own until its line is written.
     """
-    from gemb.jobs import train
-    from gemb.recipe import load
-
     began = time.monotonic()
     place = folder_of(arm, seed)
-    options = {"output": place / "model", "seed": seed, "threads": 1, "precision": "fp32"}
-    recipe = load(ARMS / f"{arm}.yaml", train.TrainRecipe, (), options)
-    sets = recipe.evaluation.sets
-    # They are measured once, at the end, in all formats.
-    recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"sets": ()})})
-    data: Mapping[str, Any] = train.run(recipe).data
-    measures = {f"{name} [{FLOAT}]": value for name, value in scores(place / "model", sets).items()}
-    for weight_format in FORMATS if arm == FLOAT else (arm,):
-        snapped = snapped_folder(place / "model", place / weight_format, weight_format)
-        measures |= {f"{name} [{weight_format}]": value for name, value in scores(snapped, sets).items()}
+    place.mkdir(parents=True, exist_ok=True)
+    measures: dict[str, float] = {}
+    told: dict[str, object] = {}
+    if arm == SOURCE:
+        trained = minilm_folder()
+        measures |= {f"{name} [{FLOAT}]": value for name, value in scores(trained).items()}
+    else:
+        trained, told = trained_arm(arm, seed)
+    for weight_format in FORMATS if arm == SOURCE else (arm,):
+        snapped = snapped_folder(trained, place / weight_format, weight_format)
+        measures |= {f"{name} [{weight_format}]": value for name, value in scores(snapped).items()}
     return {
         "arm": arm,
         "seed": seed,
         "recipe": digest_of(arm),
         "measures": measures,
-        "steps": data["steps"],
-        "tokens": data["tokens"],
-        "train_seconds": data["step_seconds"],
+        **told,
         "seconds": round(time.monotonic() - began, 1),
         "machine": this_machine().slug,
-        "versions": data["versions"],
     }
+
+
+def trained_arm(arm: str, seed: int) -> tuple[Path, dict[str, object]]:
+    """The model of an arm and seed, and what its line tells of the training."""
+    from gemb.jobs import distill
+    from gemb.recipe import load
+
+    output = folder_of(arm, seed) / "model"
+    options = {"output": output, "seed": seed, "threads": 1}
+    data = distill.run(load(ARMS / f"{arm}.yaml", distill.DistillRecipe, (), options)).data
+    kept = ("steps", "tokens", "precision", "versions")
+    return output, {key: data[key] for key in kept if key in data} | {"train_seconds": data["step_seconds"]}
 
 
 def folder_of(arm: str, seed: int) -> Path:
@@ -116,21 +141,50 @@ def snapped_folder(source: Path, target: Path, weight_format: str) -> Path:
     return target
 
 
-def scores(model: Path, sets: Sequence[str]) -> dict[str, float]:
+def scores(model: Path) -> dict[str, float]:
     """The main metric of each data set: `{"nl2bash nDCG@10": 0.31}`."""
     from gemb.engine.encoder import Encoder
     from gemb.evaluation import evaluate
-    from gemb.evaluation.reading import Choices, read_task
 
     encoder = Encoder.load(model, threads=1, precision="fp32")
     try:
-        tasks = [read_task(Path(path), Choices(seed=0)) for path in sets]
         return {
             f"{result.task.name} {result.score.metric}": result.score.value
-            for result in evaluate(encoder, tasks)
+            for result in evaluate(encoder, tasks())
         }
     finally:
         encoder.close()
+
+
+def tasks() -> Sequence[Task]:
+    """What every model is asked."""
+    from gemb.evaluation.reading import Choices, read_task
+
+    paths = [SHARED_DATA / "retrieval" / name for name in BEIR]
+    paths += [SHARED_DATA / "sts" / f"{name}.jsonl" for name in SIMILARITY]
+    asked = [task_of_pairs(SHARED_DATA / "pairs" / f"{name}.jsonl.gz") for name in PAIRS]
+    return [*asked, *(read_task(path, Choices(seed=0)) for path in paths)]
+
+
+def task_of_pairs(path: Path) -> Retrieval:
+    """At most 4,000 pairs, evenly spaced in their file: which of the positives belongs to an anchor?"""
+    with gzip.open(path) as file:
+        rows = [orjson.loads(line) for line in file]
+    rows = rows[:: -(-len(rows) // _MOST_PAIRS)]
+    numbers: dict[str, int] = {}
+    for row in rows:
+        numbers.setdefault(row["positive"], len(numbers))
+    qrels = {f"q{query}": {f"d{numbers[row['positive']]}": 1} for query, row in enumerate(rows)}
+    return Retrieval(
+        path.name.partition(".")[0],
+        {
+            "queries": Texts([row["anchor"] for row in rows], ("query",)),
+            "documents": Texts(list(numbers), ("document",)),
+        },
+        list(qrels),
+        [f"d{number}" for number in numbers.values()],
+        qrels,
+    )
 
 
 def append(line: Mapping[str, object]) -> None:
@@ -141,30 +195,37 @@ def append(line: Mapping[str, object]) -> None:
 def shares(
     lines: Mapping[tuple[str, int], Mapping[str, Any]], weight_format: str
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """For each measure: means over the seeds that have both arms, and the share of the gap that is closed.
+    """For each measure, then for the mean of each metric: means over seeds, and the share that is closed.
 
-    `float` is the model trained in floats, `without` the same quantised, `with` the one trained for the
-    format, quantised. The share is of the means: a gap of one seed may be nothing but noise.
+    `float` is the model as it is, `without` the same quantised, `with` the one trained for the format,
+    quantised, `spread` the standard deviation of that over the seeds. No share where there is no gap.
     """
-    seeds = [seed for seed in SEEDS if {(FLOAT, seed), (weight_format, seed)} <= lines.keys()]
-    if not seeds:
+    trained = [lines[weight_format, seed]["measures"] for seed in SEEDS if (weight_format, seed) in lines]
+    if (SOURCE, 0) not in lines or not trained:
         return
-    names = [name.removesuffix(f" [{FLOAT}]") for name in lines[FLOAT, seeds[0]]["measures"]
-             if name.endswith(f"[{FLOAT}]")]  # fmt: skip
-    for name in names:
+    source = lines[SOURCE, 0]["measures"]
+    names = [name.removesuffix(f" [{FLOAT}]") for name in source if name.endswith(f"[{FLOAT}]")]
+    groups = {name: [name] for name in names}
+    for metric in dict.fromkeys(name.rpartition(" ")[2] for name in names):
+        alike = [name for name in names if name.endswith(metric)]
+        groups[f"mean {metric} of {len(alike)}"] = alike
+    for title, group in groups.items():
 
-        def mean(arm: str, form: str, name: str = name) -> float:
-            return statistics.fmean(lines[arm, seed]["measures"][f"{name} [{form}]"] for seed in seeds)
+        def mean(measures: Mapping[str, float], form: str, group: Sequence[str] = group) -> float:
+            return statistics.fmean(measures[f"{name} [{form}]"] for name in group)
 
+        with_training = [mean(measures, weight_format) for measures in trained]
         found = {
-            FLOAT: mean(FLOAT, FLOAT),
-            "without": mean(FLOAT, weight_format),
-            "with": mean(weight_format, weight_format),
+            FLOAT: mean(source, FLOAT),
+            "without": mean(source, weight_format),
+            "with": statistics.fmean(with_training),
+            "spread": statistics.stdev(with_training) if len(trained) > 1 else 0.0,
+            "seeds": len(trained),
         }
         gap = found[FLOAT] - found["without"]
         if gap > 0:
             found["share"] = (found["with"] - found["without"]) / gap
-        yield name, {**found, "seeds": len(seeds)}
+        yield title, found
 
 
 def table(lines: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
@@ -174,9 +235,9 @@ def table(lines: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
     page = [
         "# Training for a format",
         "",
-        "Means over seeds of a model trained in floats, of the same quantised, and of one trained for "
-        "the format and quantised; the share is that of the gap between the first two which training for "
-        f"the format closes (bar: {SHARE_BAR:.0%}). Made by `python -m benchmarks.ablate_qat` from the "
+        "MiniLM as it is, rounded to a format, and rounded after it was taught by itself with `qat` (mean ± "
+        "standard deviation over seeds); the last column is the share of the gap between the first two "
+        f"which that closes (bar: {SHARE_BAR:.0%}). Made by `python -m benchmarks.ablate_qat` from the "
         "recipes in `benchmarks/ablations_qat`.",
     ]
     if missing:
@@ -194,8 +255,8 @@ def table(lines: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
         ]
         for name, found in rows:
             share = f"{found['share']:.0%}" if "share" in found else "no gap"
-            shown = " | ".join(f"{found[key]:.4f}" for key in (FLOAT, "without", "with"))
-            page.append(f"| {name} | {shown} | {share} |")
+            shown = f"{found[FLOAT]:.4f} | {found['without']:.4f} | {found['with']:.4f}"
+            page.append(f"| {name} | {shown} ± {found['spread']:.4f} | {share} |")
     return "\n".join([*page, ""])
 
 
