@@ -30,7 +30,7 @@ from gemb.errors import MachineError, UnavailableError
 from gemb.files import file_digest, os_errors_explained
 from gemb.model.folder import ModelFolder, fingerprint
 from gemb.model.hub import cache_folder
-from gemb.model.onnx import CHECKSUM, SAME_VECTORS, entry, is_whole
+from gemb.model.onnx import SAME_VECTORS, checksum_of_weights, entry, is_whole
 from gemb.text.batches import Batch
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def _run(session: onnxruntime.InferenceSession, ids: NDArray[np.int64]) -> NDArr
 def open_session(graph: Path) -> onnxruntime.InferenceSession:
     """The graph at `graph`, ready to run on one thread.
 
-    Raises MachineError if onnxruntime cannot be imported, UnavailableError if the files are damaged.
+    Raises MachineError if onnxruntime cannot be imported or is too old for the graph, UnavailableError if the
+    files are damaged.
     """
     try:
         import onnxruntime
@@ -125,58 +126,60 @@ def open_session(graph: Path) -> onnxruntime.InferenceSession:
             f"onnxruntime cannot be imported ({error}); pip install 'gemb[onnx]', or pass --engine torch"
         ) from error
     with os_errors_explained(graph, "read"):
-        if not is_whole(graph.read_bytes()):
-            raise _damaged(graph, graph)
+        content = graph.read_bytes()
+    if not is_whole(content):
+        raise _damaged(graph, f"its checksum is not the one in {graph.name}", graph)
+    expected = checksum_of_weights(content)
+    if expected is not None:
+        _check_weights(graph, expected)
     options = onnxruntime.SessionOptions()
     # One thread a batch: the batches are the parallelism, and the order of sums stays what it is.
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors only; they come as exceptions too
     try:
-        session = onnxruntime.InferenceSession(os.fspath(graph), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(os.fspath(graph), options, providers=["CPUExecutionProvider"])
+    except errors.InvalidProtobuf as error:
+        raise _damaged(graph, "it is no ONNX graph, or is cut short", graph) from error
     except (
         errors.Fail,
         errors.InvalidArgument,
         errors.InvalidGraph,
-        errors.InvalidProtobuf,
         errors.NoSuchFile,
         errors.NotImplemented,
         errors.RuntimeException,
     ) as error:
-        text = " ".join(str(error).split())
-        raise UnavailableError(
-            f"{graph} cannot be run by onnxruntime: {text}; remove {graph.parent} and make it again, "
-            "or pass --engine torch"
+        # What gemb wrote is whole here, so it is newer than this onnxruntime.
+        raise MachineError(
+            f"onnxruntime {onnxruntime.__version__} cannot run {graph}: it has operators or a layout that "
+            "this version does not know; pip install -U onnxruntime, or pass --engine torch"
         ) from error
-    _check_weights(graph, session)
-    return session
 
 
-def _check_weights(graph: Path, session: onnxruntime.InferenceSession) -> None:
-    """Returns if the file of weights is what was written beside `graph`.
+def _check_weights(graph: Path, expected: str) -> None:
+    """Returns if the file of weights is what was written beside `graph`, of the checksum `expected`.
 
     It is not read again if size, times and inode are those of the last time; the user's cache remembers.
-    Raises UnavailableError if it changed.
+    Raises UnavailableError if it changed or is gone.
     """
-    expected = session.get_modelmeta().custom_metadata_map.get(CHECKSUM)
-    if expected is None:
-        return  # not written by gemb
     data = graph.with_name(f"{graph.name}_data")
-    state = data.stat()
-    told = (data.resolve(), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, expected)
-    place = cache_folder() / "verified" / hashlib.sha256(repr(told).encode()).hexdigest()
-    if place.exists():
-        return
-    if file_digest(data) != expected:
-        raise _damaged(data, graph)
+    if not data.exists():
+        raise _damaged(graph, f"its weights {data.name} are not beside it", graph)
+    with os_errors_explained(data, "read"):
+        state = data.stat()
+        told = (data.resolve(), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, expected)
+        place = cache_folder() / "verified" / hashlib.sha256(repr(told).encode()).hexdigest()
+        if place.exists():
+            return
+        if file_digest(data) != expected:
+            raise _damaged(data, f"its checksum is not the one in {graph.name}", graph)
     with contextlib.suppress(OSError):  # then it is read again next time
         place.parent.mkdir(parents=True, exist_ok=True)
         place.touch()
 
 
-def _damaged(file: Path, graph: Path) -> UnavailableError:
+def _damaged(file: Path, what: str, graph: Path) -> UnavailableError:
     return UnavailableError(
-        f"{file} is damaged: its checksum is not the one in {graph.name}; remove {graph.parent} and make it "
-        "again, or pass --engine torch"
+        f"{file} is damaged: {what}; remove {graph.parent} and make it again, or pass --engine torch"
     )
 
 

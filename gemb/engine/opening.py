@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from gemb.device import all_devices, pick
@@ -73,9 +74,8 @@ def _open_onnx(
     few_texts: bool,
 ) -> Engine | None:
     """The engine without torch; None where torch is to run the model."""
-    if device == "auto":
-        device = os.environ.get("GEMB_DEVICE") or "auto"
     if engine == "onnx":
+        device = _asked(device)
         for option, value, choices in (
             ("--device", device, ("auto", "cpu")),
             ("--precision", precision, ("auto", "fp32")),
@@ -92,10 +92,7 @@ def _open_onnx(
         return OnnxEngine.load(
             folder, graph, reason="--engine onnx asks for it", threads=threads, batch_tokens=batch_tokens
         )
-    asks_for_nothing_else = device in ("auto", "cpu") and precision in ("auto", "fp32")
-    if engine == "torch" or not (few_texts and asks_for_nothing_else and is_installed()):
-        return None
-    graph = find_graph(folder)
+    graph = graph_for_few_texts(folder, device, precision) if few_texts and engine == "auto" else None
     if graph is None:
         return None
     try:
@@ -109,6 +106,17 @@ def _open_onnx(
     except (UnavailableError, MachineError) as error:  # a damaged graph, or onnxruntime does not start
         notice(f"torch runs the model instead: {error}")
         return None
+
+
+def graph_for_few_texts(folder: ModelFolder, device: str, precision: str) -> Path | None:
+    """The graph with which `auto` runs a few texts; None where torch runs them as well."""
+    asks_for_more = _asked(device) not in ("auto", "cpu") or precision not in ("auto", "fp32")
+    return None if asks_for_more or not is_installed() else find_graph(folder)
+
+
+def _asked(device: str) -> str:
+    """`device`, and what the environment asks for where it is auto."""
+    return (os.environ.get("GEMB_DEVICE") or "auto") if device == "auto" else device
 
 
 def arithmetic(device: str, precision: str, engine: EngineName) -> list[str]:

@@ -6,14 +6,16 @@ fingerprint, and not again while they stay as they are.
 
 from pathlib import Path
 
-from gemb.engine.onnx_engine import find_graph
+from gemb.engine.onnx_engine import find_graph, is_installed
+from gemb.engine.opening import graph_for_few_texts
 from gemb.files import read_json, readable_bytes
 from gemb.jobs.index_info import describe_index, is_index
 from gemb.model.attention import describe, is_bidirectional, reach_of_layers
 from gemb.model.folder import DenseSettings, ModelFolder, fingerprint, read_folder
+from gemb.model.grid_weights import GGUF_FILE, GgufWeights
 from gemb.model.hub import find_model
 from gemb.model.weights import QUANTISED
-from gemb.report import Event, OnProgress, Report, ignore
+from gemb.report import Event, OnProgress, Report, counted, ignore
 from gemb.text.prompts import Prompts
 
 SHOWN_DIGITS = 12
@@ -92,8 +94,8 @@ def _model(folder: ModelFolder, asked: str | None, would_run: dict[str, str]) ->
         ("similarity", folder.similarity),
         ("prompts", "\n".join(f"{key}: {text}" for key, text in examples.items()) or "none"),
         ("would run", "\n".join(would_run.values())),
-        *([] if graph is None else [("graph", f"{graph}; onnxruntime runs it where few texts are embedded")]),
-        ("loads in", _loads_in(folder)),
+        *([] if graph is None else [("graph", str(graph))]),
+        ("loads in", _loads_in(folder, graph)),
         *[("note", note) for note in folder.notes],
     ]
     data: dict[str, object] = {
@@ -204,7 +206,7 @@ def _after_pooling(folder: ModelFolder) -> list[str]:
 
 
 def _would_run(folder: ModelFolder, device: str, precision: str, threads: int | None) -> dict[str, str]:
-    """The device line, and the code that would compute the backbone."""
+    """The device line, the code that would compute the backbone, and what a few texts would run in."""
     from gemb import device as devices
     from gemb.model.families import FAMILIES
 
@@ -214,16 +216,33 @@ def _would_run(folder: ModelFolder, device: str, precision: str, threads: int | 
         if packed
         else "transformers' own module: gemb has no packed one for this family"
     )
-    return {"device": devices.pick(device, precision, threads).line, "encoder": code}
+    told = {"device": devices.pick(device, precision, threads).line, "encoder": code}
+    graph = graph_for_few_texts(folder, device, precision)
+    if graph is not None:
+        told["few_texts"] = f"a few texts: onnxruntime in fp32, with {graph.name}, and no torch"
+    elif find_graph(folder) is not None and not is_installed():
+        told["few_texts"] = "a few texts: the same; pip install 'gemb[onnx]' to run the graph, sooner"
+    return told
 
 
-def _loads_in(folder: ModelFolder) -> str:
+def _loads_in(folder: ModelFolder, graph: Path | None) -> str:
+    """The programs that load it; `graph` is that of its vectors."""
+    programs = _programs(folder)
+    if graph is not None and graph.is_relative_to(folder.path):
+        programs += f", onnxruntime and transformers.js ({graph.relative_to(folder.path)})"
+    return programs
+
+
+def _programs(folder: ModelFolder) -> str:
+    weights = folder.weights()
+    if isinstance(weights, GgufWeights):
+        return f"gemb, llama.cpp ({GGUF_FILE} alone)" if weights.runs_in_llama_cpp else "gemb"
+    if weights.is_quantised:
+        return "gemb, transformers (the backbone alone)"
     if not (folder.path / "modules.json").exists():
         return "gemb, transformers, sentence-transformers (which also assumes the pooling)"
     if folder.pooling.is_own:
         return "gemb (sentence-transformers has no such pooling), transformers (the backbone alone)"
-    if folder.weights().is_quantised:
-        return "gemb" if folder.transformer.gguf else "gemb, transformers (the backbone alone)"
     types = (folder.path / "modules.json").read_text("utf-8")
     newer = " 6" if ".base.modules." in types or ".sentence_transformer.modules." in types else ""
     return f"gemb, sentence-transformers{newer}, transformers (the backbone alone)"
@@ -255,7 +274,7 @@ def _vectors(path: Path) -> Report:
             "metadata": dict(vectors.metadata),
             "made": made,
         }
-        title = f"{path}: {vectors.rows:,} vectors, {vectors.dims} wide"
+        title = f"{path}: {counted(vectors.rows, 'vector')}, {vectors.dims} wide"
     request = made.get("request") or {}
     if isinstance(request.get("model"), str):
         rows.append(("model", f"{request.get('model_name', '')} ({request['model'][:SHOWN_DIGITS]})".strip()))

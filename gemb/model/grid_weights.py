@@ -15,6 +15,7 @@ from gemb.errors import MismatchError
 from gemb.model.weights import TensorSpec, Weights
 from gemb.quantization.gguf_names import (
     NAMES_KEY,
+    OWN_ARCHITECTURE,
     READ_ARCHITECTURES,
     from_gguf,
     part_of,
@@ -58,6 +59,11 @@ class GgufWeights(Weights):
             shape = shape_in_folder(gguf_name, stored.shape, file.metadata)
             specs[name] = TensorSpec(name, stored.kind.name.upper(), shape, path, stored.start, stored.stop)
         return cls(folder, file, specs)
+
+    @property
+    def runs_in_llama_cpp(self) -> bool:
+        """Whether llama.cpp computes the architecture that the file is written as."""
+        return _architecture(self._file) != OWN_ARCHITECTURE
 
     def tensor(self, name: str) -> Tensor:
         """`name` in float32, as the plain folder has it. Raises MismatchError if there is no such tensor."""

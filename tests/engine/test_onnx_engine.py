@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
 from gemb.engine import Engine, onnx_engine, opening
@@ -19,6 +21,7 @@ from gemb.engine.onnx_engine import (
 from gemb.engine.opening import arithmetic, open_engine, options_of
 from gemb.errors import GembError, MachineError, MismatchError, UnavailableError
 from gemb.model.folder import ModelFolder, fingerprint, read_folder
+from gemb.model.onnx import NO_CHECKSUM, OWN_CHECKSUM, SAME_VECTORS, entry, sealed
 from gemb.model.onnx.encoder import write_graph
 from gemb.text.batches import Batch, token_batches
 from tests.models import random_texts, tiny_folder
@@ -232,17 +235,49 @@ def lost_data(place: Path) -> None:
     place.with_name("model.onnx_data").unlink()
 
 
-@pytest.mark.parametrize("damage", [damaged_data, lost_data])
+def no_graph(place: Path) -> None:
+    metadata = onnx.load(place, load_external_data=False).metadata_props
+    (identity,) = (one.value for one in metadata if one.key == SAME_VECTORS)
+    place.write_bytes(b"\1" + entry(SAME_VECTORS, identity))
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (damaged_data, "{graph}_data is damaged: its checksum is not the one in model.onnx"),
+        (lost_data, "{graph} is damaged: its weights model.onnx_data are not beside it"),
+        (no_graph, "{graph} is damaged: it is no ONNX graph, or is cut short"),
+    ],
+)
 def test_a_damaged_graph_is_told_by_name_and_auto_goes_on_with_torch(
-    damage: Callable[[Path], None], tmp_path: Path
+    damage: Callable[[Path], None], what: str, tmp_path: Path
 ) -> None:
     folder = folder_of(tmp_path)
     graph = write_cached_graph(folder)
     damage(graph)
     with pytest.raises(UnavailableError) as caught:
         open_session(graph)
-    assert str(caught.value).startswith(f"{graph} cannot be run by onnxruntime: ")
-    assert str(caught.value).endswith(f"; remove {graph.parent} and make it again, or pass --engine torch")
+    next_step = f"; remove {graph.parent} and make it again, or pass --engine torch"
+    assert str(caught.value) == what.format(graph=graph) + next_step
+    told: list[str] = []
+    assert opened(folder, "auto", few_texts=True, notice=told.append).precision != PRECISION
+    assert told == [f"torch runs the model instead: {caught.value}"]
+
+
+def test_a_graph_that_onnxruntime_does_not_know_is_told_without_its_own_text(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    graph = write_cached_graph(folder)
+    model = onnx.load(graph, load_external_data=False)
+    model.graph.node[3].op_type = "OfTheFuture"
+    (own,) = (one for one in model.metadata_props if one.key == OWN_CHECKSUM)
+    own.value = NO_CHECKSUM
+    graph.write_bytes(sealed(model.SerializeToString()))
+    with pytest.raises(MachineError) as caught:
+        open_session(graph)
+    assert str(caught.value) == (
+        f"onnxruntime {onnxruntime.__version__} cannot run {graph}: it has operators or a layout that this "
+        "version does not know; pip install -U onnxruntime, or pass --engine torch"
+    )
     told: list[str] = []
     assert opened(folder, "auto", few_texts=True, notice=told.append).precision != PRECISION
     assert told == [f"torch runs the model instead: {caught.value}"]

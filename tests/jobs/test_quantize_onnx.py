@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gemb import Encoder
+from gemb.engine import onnx_engine
 from gemb.engine.onnx_engine import PRECISION, find_graph
 from gemb.errors import Exit, GateError, GembError, MachineError, MismatchError
 from gemb.jobs import info
@@ -94,13 +95,25 @@ def test_a_disk_that_holds_the_weights_once_is_too_small(
     assert asked[1] == 2 * asked[0] > 0
 
 
-def test_info_tells_of_the_graph(tmp_path: Path, model: Path) -> None:
+def test_info_tells_of_the_graph_and_what_runs_it(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job.run(recipe(model, tmp_path / "out", onnx="int4"))
     graph = tmp_path / "out" / "onnx" / "model_q4.onnx"
     report = info.run(str(tmp_path / "out"), device="cpu")
-    assert ("graph", f"{graph}; onnxruntime runs it where few texts are embedded") in report.rows
-    assert report.data["graph"] == str(graph)
-    assert info.run(str(model), device="cpu").data["graph"] is None
+    told = dict(report.rows)
+    assert told["graph"] == report.data["graph"] == str(graph)
+    few = "a few texts: onnxruntime in fp32, with model_q4.onnx, and no torch"
+    assert told["would run"].splitlines()[-1] == few
+    assert told["loads in"] == "gemb, onnxruntime and transformers.js (onnx/model_q4.onnx)"
+    assert "few texts" not in dict(info.run(str(tmp_path / "out"), precision="bf16").rows)["would run"]
+    plain = info.run(str(model), device="cpu")
+    assert plain.data["graph"] is None
+    assert "onnxruntime" not in f"{plain.rows}"
+    monkeypatch.setattr(onnx_engine, "find_spec", lambda _: None)
+    told = dict(info.run(str(tmp_path / "out"), device="cpu").rows)
+    few = "a few texts: the same; pip install 'gemb[onnx]' to run the graph, sooner"
+    assert told["would run"].splitlines()[-1] == few
 
 
 def refused(tmp_path: Path, model: Path, **settings: Any) -> str:  # noqa: ANN401

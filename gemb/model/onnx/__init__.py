@@ -32,8 +32,18 @@ def sealed(content: bytes) -> bytes:
 
 def is_whole(content: bytes) -> bool:
     """Whether a graph has the checksum that `sealed` gave it; True for one that has none."""
-    start = entry(OWN_CHECKSUM, NO_CHECKSUM)[: -len(NO_CHECKSUM)]
+    before, checksum, after = _cut_out(content, OWN_CHECKSUM)
+    return not checksum or hashlib.sha256(before + NO_CHECKSUM.encode() + after).hexdigest() == checksum
+
+
+def checksum_of_weights(content: bytes) -> str | None:
+    """The checksum that the metadata of a graph has for its weights; None if gemb did not write it."""
+    return _cut_out(content, CHECKSUM)[1] or None
+
+
+def _cut_out(content: bytes, key: str) -> tuple[bytes, str, bytes]:
+    """What stands before the checksum under `key`, the checksum, "" if there is none, and what follows."""
+    start = entry(key, NO_CHECKSUM)[: -len(NO_CHECKSUM)]
     before, found, rest = content.partition(start)
-    checksum, after = rest[: len(NO_CHECKSUM)], rest[len(NO_CHECKSUM) :]
-    unsealed = hashlib.sha256(before + start + NO_CHECKSUM.encode() + after)
-    return not found or unsealed.hexdigest().encode() == checksum
+    checksum = rest[: len(NO_CHECKSUM)].decode("latin-1")  # damaged ones are no ASCII
+    return before + found, checksum, rest[len(NO_CHECKSUM) :]
