@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import Field
 
+from gemb.device import all_devices, pick
 from gemb.engine.encoder import Encoder
 from gemb.engine.opening import stdout_guarded
 from gemb.errors import GembError
@@ -28,13 +29,13 @@ from gemb.files import (
     atomic_write,
     check_writable,
     file_digest,
-    read_json,
     readable_bytes,
     write_json,
 )
 from gemb.jobs.quantize_exports import Export, Format, GgufType, gguf_export, packed_export, plain_export
 from gemb.jobs.quantize_gate import Gate, measure
 from gemb.jobs.quantize_onnx import OnnxWeights, check_onnx, with_graph
+from gemb.jobs.quantize_source import History
 from gemb.jobs.record import versions
 from gemb.model.folder import ModelFolder, fingerprint, read_folder
 from gemb.model.grid_weights import GGUF_FILE
@@ -93,8 +94,7 @@ class _Setup:
     output: Path
     source: ModelFolder
     export: Export
-    trained_for: str | None
-    """The grid that the model was trained for, as its gemb.json says."""
+    history: History
     tasks: Sequence[Task]
 
     @property
@@ -104,7 +104,7 @@ class _Setup:
 
 
 def plan(recipe: QuantizeRecipe) -> Plan:
-    """What `run` would write, for --dry-run; headers and configs are read, nothing is written.
+    """What `run` would write, for --dry-run; headers, configs and a few rows are read, nothing is written.
 
     Raises GembError as `run` does before it writes.
     """
@@ -134,6 +134,7 @@ def run(recipe: QuantizeRecipe, on_progress: OnProgress = ignore) -> Report:
     """
     began = time.monotonic()
     setup = _prepare(recipe, on_progress)
+    made_from = fingerprint(setup.source)  # reads all of it once: damage and NaN are told before the work
     with _output(setup) as place:
         _write(setup, place, on_progress)
         gate = Gate(
@@ -143,7 +144,7 @@ def run(recipe: QuantizeRecipe, on_progress: OnProgress = ignore) -> Report:
         )
         gate.check(setup.export.label, recipe.max_drop)
         identity = fingerprint(read_folder(place))
-        report = _report(setup, gate, identity, place, time.monotonic() - began)
+        report = _report(setup, gate, made_from, identity, place, time.monotonic() - began)
         write_json(place / "gemb.json", {"version": VERSION, **_trained(setup), **report.data})
         _write_card(place, setup, gate, report)
     return report
@@ -156,18 +157,20 @@ def _prepare(recipe: QuantizeRecipe, on_progress: OnProgress) -> _Setup:
     if recipe.output is None:
         raise GembError("no output given; pass -o FOLDER, or with --gguf -o NAME.gguf")
     _check_choices(recipe, recipe.output)
+    for device in all_devices(recipe.device):
+        pick(device, "fp32", recipe.threads)
 
     def tell(line: str) -> None:
         on_progress(Event("opening", 0, note=line))
 
     source = read_folder(find_model(recipe.model, offline=recipe.offline, announce=tell))
-    trained_for = _trained_for(source)
+    history = History.of(source)
     choices = Choices(None, None, None, seed=recipe.seed)
     tasks = [read_task(Path(name), choices) for name in recipe.eval]
-    export = _export(recipe, source, trained_for)
+    export = _export(recipe, source, history.trained_for)
     copies = 1 if recipe.onnx is None else 2  # the graph has the weights once more
     check_writable(recipe.output, copies * export.size_bytes)
-    return _Setup(recipe, recipe.output, source, export, trained_for, tasks)
+    return _Setup(recipe, recipe.output, source, export, history, tasks)
 
 
 def _check_choices(recipe: QuantizeRecipe, output: Path) -> None:
@@ -209,16 +212,9 @@ def _export(recipe: QuantizeRecipe, source: ModelFolder, trained_for: str | None
     return plain_export(source, wanted, recipe.grid or known.get(trained_for or "", "int4"))
 
 
-def _trained_for(source: ModelFolder) -> str | None:
-    """The grid that a model was trained for; training writes it into its gemb.json."""
-    file = source.path / "gemb.json"
-    told: Any = read_json(file).get("qat") if file.exists() else None
-    name = told.get("format") if isinstance(told, dict) else None
-    return name if isinstance(name, str) else None
-
-
 def _trained(setup: _Setup) -> dict[str, object]:
-    return {} if setup.trained_for is None else {"qat": {"format": setup.trained_for}}
+    grid = setup.history.trained_for
+    return {} if grid is None else {"qat": {"format": grid}}
 
 
 @contextmanager
@@ -293,7 +289,7 @@ def _size_rows(setup: _Setup) -> list[tuple[str, str]]:
     ]
 
 
-def _report(setup: _Setup, gate: Gate, identity: str, place: Path, seconds: float) -> Report:
+def _report(setup: _Setup, gate: Gate, made_from: str, identity: str, place: Path, seconds: float) -> Report:
     export = setup.export
     rows = [*_size_rows(setup), *export.rows, *gate.rows]
     if gate.tasks:
@@ -305,19 +301,18 @@ def _report(setup: _Setup, gate: Gate, identity: str, place: Path, seconds: floa
         "grid": export.grid,
         "bytes": export.size_bytes,
         "bits_per_weight": export.bits_per_weight,
-        "source": {"model": str(setup.source.path), "fingerprint": fingerprint(setup.source)},
+        "source": {"model": str(setup.source.path), "fingerprint": made_from},
         "gate": gate.data,
         "files": [_checksum(file, setup, place) for file in _weight_files(place)],
         "seconds": round(seconds, 3),
         "recipe": resolved(setup.recipe),
         "versions": versions(),
     }
-    if setup.trained_for is not None and export.grid not in (None, setup.trained_for):
-        warning = (
-            f"the model was trained for {setup.trained_for}, not {export.grid}: the median cosine to its "
-            f"source is {gate.cosine_median:.5f}, the minimum {gate.cosine_min:.5f}; "
-            f"--format {setup.trained_for} is what it was trained for"
-        )
+    lost = f"the median cosine to the source is {gate.cosine_median:.5f}, the minimum {gate.cosine_min:.5f}"
+    warning = setup.history.warning(
+        export.grid, gguf=setup.is_file, onnx=setup.recipe.onnx is not None, lost=lost
+    )
+    if warning is not None:
         rows.append(("warning", warning))
         data["warnings"] = [warning]
     rows.append(("model", f"{setup.output} ({identity[:12]})"))

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gemb.errors import MismatchError, UnavailableError
+from gemb.errors import MismatchError
 from gemb.files import read_json, write_json
 from gemb.model.folder import DenseSettings, ModelFolder
 from gemb.model.grid_weights import GGUF_FILE
@@ -35,6 +35,10 @@ OnTensor = Callable[[str], None]
 _ROWS_AT_ONCE = 4096  # of a table: 13 MB at 768 wide
 _FLOATS: Mapping[str, str] = {"f32": "F32", "bf16": "BF16"}
 _KINDS: Mapping[str, str] = {"int4": "q4_0", "int8": "q8_0"}
+_WIDER = "bf16 or f32"
+_WITHOUT_LLAMA_CPP = (
+    "leave --gguf out for a folder that gemb runs (--format int8), or take --onnx int8 for onnxruntime"
+)
 # Heads that no vector depends on; llama.cpp has no place for them.
 _HEADS = re.compile(r"(^|\.)(pooler|cls|lm_head|vocab_transform|vocab_projector|vocab_layer_norm)\.")
 _INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
@@ -76,6 +80,11 @@ class _Stored:
     def full(self) -> str:
         """Its name in messages."""
         return f"{self.part}/{self.name}" if self.part else self.name
+
+    @property
+    def origin(self) -> str:
+        """Its file and name, for messages."""
+        return f"{self.weights.spec(self.name).file}: {self.full}"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -184,7 +193,7 @@ def gguf_export(folder: ModelFolder, wanted: Format | None, gguf: GgufType | Non
         runs_in = f"gemb, and alone in llama.cpp as {form.architecture}"
     except MismatchError as reason:
         if gguf is not None:
-            raise
+            raise MismatchError(f"{reason}; {_WITHOUT_LLAMA_CPP}") from None
         form = own_form(model, kind)
         runs_in = f"gemb alone: {reason}"
     tensors = [one for one in _tensors(folder) if one.is_number and not _HEADS.search(one.name)]
@@ -198,7 +207,11 @@ def gguf_export(folder: ModelFolder, wanted: Format | None, gguf: GgufType | Non
         own = kind if role_of(one.name, one.shape) is not None else F32
         shape = _gguf_shape(form, name, one.shape)
         return GgufTensor(
-            name, shape, own, lambda: to_gguf(form.architecture, name, one.tensor(), form.metadata)
+            name,
+            shape,
+            own,
+            lambda: to_gguf(form.architecture, name, one.tensor(), form.metadata),
+            one.origin,
         )
 
     entries = [entry(one) for one in tensors]
@@ -209,9 +222,12 @@ def gguf_export(folder: ModelFolder, wanted: Format | None, gguf: GgufType | Non
                 on_tensor(tensor.name)
                 return tensor.load()
 
-            return GgufTensor(tensor.name, tensor.shape, tensor.kind, load)
+            return replace(tensor, load=load)
 
-        write_gguf(place / GGUF_FILE, metadata, [told_of(one) for one in entries])
+        try:
+            write_gguf(place / GGUF_FILE, metadata, [told_of(one) for one in entries])
+        except MismatchError as error:  # a number that is too large for the kind
+            raise MismatchError(f"{error}; take {_WIDER}") from None
 
     told.append(("weights", f"{kind.name} in {GGUF_FILE if gguf is None else 'one GGUF file'}"))
     told.append(("runs in", runs_in))
@@ -290,9 +306,10 @@ def _floats(one: _Stored, dtype: str, grid: Grid | None) -> Iterator[Tensor]:
     for block in one.blocks():
         snapped = block if grid is None else grid.snap(block)
         if not bool(snapped.isfinite().all()):
-            raise UnavailableError(
-                f"{one.weights.files[0]}: {one.full} holds NaN, infinity, or numbers too large for the grid; "
-                "train the model anew, or take f32"
+            kind = "bf16" if grid is None else grid.name
+            raise MismatchError(
+                f"{one.origin}: its largest size is {float(block.abs().max()):g}, which {kind} cannot hold; "
+                f"take {_WIDER}"
             )
         yield snapped if dtype == "F32" else snapped.to(torch.bfloat16)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from gemb.errors import MismatchError, UnavailableError
+from gemb.files import file_digest, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +185,17 @@ class Weights:
         return self
 
     def verify(self) -> None:
-        """Compare the files with checksums they hold; safetensors holds none. Raises UnavailableError."""
+        """Compare the files with the checksums that gemb.json of their model has, if it has some.
+
+        Raises UnavailableError if one differs.
+        """
+        for file in self.files:
+            record, expected = _recorded(file)
+            if expected is not None and file_digest(file) != expected:
+                raise UnavailableError(
+                    f"{file} is damaged: its checksum is not the one in {record}; export or copy it again, "
+                    f"or remove {record} if you changed the weights"
+                )
 
     @property
     def size_bytes(self) -> int:
@@ -247,6 +258,19 @@ class Weights:
 
     def _where(self) -> str:
         return str(self.files[0]) if len(self.files) == 1 else f"{self.folder} ({len(self.files)} shards)"
+
+
+def _recorded(file: Path) -> tuple[Path, str | None]:
+    """The gemb.json of the model that has `file`, and the SHA-256 that it has for it."""
+    above = file.parent.parent
+    for folder in (file.parent, *([above] if (above / "modules.json").exists() else [])):
+        record = folder / "gemb.json"
+        told = read_json(record).get("files") if record.exists() else None
+        name = file.relative_to(folder).as_posix()
+        for entry in told if isinstance(told, list) else ():
+            if isinstance(entry, dict) and entry.get("file") == name:
+                return record, entry.get("sha256")
+    return file, None
 
 
 def has_safetensors(folder: Path) -> bool:

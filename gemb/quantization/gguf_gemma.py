@@ -161,7 +161,7 @@ def _problems(
     if len(dense) not in {0, 2}:
         problems.append(f"it has {len(dense)} Dense modules; llama.cpp knows none or two")
     if kind is F16:
-        problems.append("Gemma's activations overflow f16 in llama.cpp; take bf16 or f32")
+        problems.append("Gemma's activations overflow f16 in llama.cpp (take bf16 or f32)")
     return problems
 
 

@@ -140,7 +140,9 @@ def read_gguf(path: Path, *, verify: bool = True) -> GgufFile:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     cursor = _Cursor(path, content)
     if cursor.take(4, "its first bytes") != MAGIC:
-        raise UnavailableError(f"{path} is no GGUF file: it starts with {content[:4]!r}, not {MAGIC!r}")
+        raise UnavailableError(
+            f"{path} is no GGUF file: it starts with {content[:4]!r}, not {MAGIC!r}; export or copy it again"
+        )
     (version,) = cursor.unpack("I", "its version")
     if version not in {2, 3}:  # 2 differs only in that nothing of it is big-endian
         raise MismatchError(f"{path} is of GGUF version {version}; gemb reads 2 and 3")

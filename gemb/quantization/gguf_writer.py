@@ -50,6 +50,8 @@ class GgufTensor:
     kind: TensorKind
     load: Callable[[], Tensor]
     """Gives the tensor, of any float dtype, when its turn comes."""
+    origin: str = ""
+    """Where it comes from, for messages; by default its name in the file that is written."""
 
 
 def write_gguf(path: Path, metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]) -> None:
@@ -129,7 +131,7 @@ def _stored(path: Path, tensor: GgufTensor) -> Iterator[bytes]:
         try:
             yield encode(some, tensor.kind).numpy().tobytes()
         except ValueError as error:
-            raise MismatchError(f"{path}: {tensor.name}: {error}") from None
+            raise MismatchError(f"{tensor.origin or f'{path}: {tensor.name}'}: {error}") from None
     size = tensor.kind.size_bytes(tensor.shape)
     yield bytes(_aligned(size) - size)
 

@@ -21,6 +21,7 @@ from gemb.errors import Exit, GateError, GembError, MachineError, MismatchError,
 from gemb.jobs import info
 from gemb.jobs.quantize import QuantizeRecipe, plan, run
 from gemb.jobs.quantize_probes import PROBES
+from gemb.jobs.quantize_source import rounded_to
 from gemb.model.folder import fingerprint, read_folder
 from gemb.model.hub import minilm_folder
 from gemb.quantization.gguf_reader import read_gguf
@@ -250,21 +251,72 @@ def test_a_score_on_data_is_compared_and_stands_in_the_card(gemma: Path, tmp_pat
     assert f"| sts | {score['metric']} |" in (tmp_path / "out" / "README.md").read_text()
 
 
+def lost(report: Report) -> str:
+    """The loss as warnings tell it."""
+    gate: Any = report.data["gate"]
+    least, median = gate["cosine_min"], gate["cosine_median"]
+    return f"the median cosine to the source is {median:.5f}, the minimum {least:.5f}"
+
+
 def test_a_model_trained_for_another_grid_is_told_with_its_loss(gemma: Path, tmp_path: Path) -> None:
     source = shutil.copytree(gemma, tmp_path / "source")
     (source / "gemb.json").write_text('{"qat": {"format": "int4", "start": 0.5}}')
     report = quantised(source, tmp_path / "int8", format="int8")
-    gate: Any = report.data["gate"]
-    assert rows(report)["warning"] == (
-        f"the model was trained for int4, not int8: the median cosine to its source is "
-        f"{gate['cosine_median']:.5f}, the minimum {gate['cosine_min']:.5f}; "
-        "--format int4 is what it was trained for"
+    warning = (
+        f"the model was trained for int4, not int8: {lost(report)}; --format int4 is what it was trained for"
     )
+    assert rows(report)["warning"] == warning
+    assert report.data["warnings"] == [warning]
     assert json.loads((tmp_path / "int8" / "gemb.json").read_text())["qat"] == {"format": "int4"}
     assert "warning" not in rows(quantised(source, tmp_path / "int4", format="int4"))
     assert "warning" not in rows(quantised(source, tmp_path / "f32", format="f32"))
     grid = rows(quantised(source, tmp_path / "snapped", format="unquantized"))["grid"]
     assert grid.endswith("that of int4")
+
+
+def test_the_advice_for_a_model_trained_for_another_grid_is_of_the_kind_that_was_asked_for(
+    tmp_path: Path,
+) -> None:
+    source = gguf_folder(tmp_path / "source", "bert")
+    (source / "gemb.json").write_text('{"qat": {"format": "int4"}}')
+    quantised(source, tmp_path / "int4", format="int4")
+    assert rows(info.run(str(tmp_path / "int4")))["loads in"] == "gemb, llama.cpp (model.gguf alone)"
+    report = quantised(source, tmp_path / "out.gguf", gguf="q8_0")
+    assert rows(report)["warning"].endswith("; --gguf q4_0 is what it was trained for")
+    report = quantised(source, tmp_path / "onnx", onnx="int8")
+    assert rows(report)["warning"].endswith("; --onnx int4 is what it was trained for")
+    (source / "gemb.json").write_text('{"qat": {"format": "mixed"}}')
+    report = quantised(source, tmp_path / "again.gguf", gguf="q8_0")
+    assert rows(report)["warning"].endswith("; --format mixed is what it was trained for")
+
+
+@pytest.mark.parametrize(("first", "second"), [("int4", "int8"), ("mixed", "int4")])
+def test_a_source_that_was_rounded_to_another_grid_is_told_with_its_loss(
+    first: str, second: str, gemma: Path, tmp_path: Path
+) -> None:
+    quantised(gemma, tmp_path / "codes", format=first)
+    quantised(tmp_path / "codes", tmp_path / "floats", format="f32")
+    quantised(gemma, tmp_path / "snapped", format="unquantized", grid=first)
+    better = {"codes": gemma, "floats": "the model that it was made from", "snapped": gemma}
+    for name in better:
+        report = quantised(tmp_path / name, tmp_path / f"{name}-{second}", format=second)
+        assert rows(report)["warning"] == (
+            f"the source is rounded to {first} already: {second} brings nothing of it back, and rounds once "
+            f"more: {lost(report)}; quantise {better[name]} instead"
+        )
+    assert "warning" not in rows(quantised(tmp_path / "floats", tmp_path / "same", format=first))
+
+
+def test_floats_of_any_origin_are_seen_to_lie_on_a_grid(gemma: Path, tmp_path: Path) -> None:
+    assert rounded_to(read_folder(gemma)) is None
+    quantised(gemma, tmp_path / "floats", format="unquantized", grid="int4")
+    (tmp_path / "floats" / "gemb.json").unlink()
+    assert rounded_to(read_folder(tmp_path / "floats")) == "int4"
+    report = quantised(tmp_path / "floats", tmp_path / "int8", format="int8")
+    assert rows(report)["warning"].endswith("; quantise the model that it was made from instead")
+    file = tmp_path / "floats" / "2_Dense" / "model.safetensors"
+    save_file({name: tensor * 1.001 for name, tensor in load_file(file).items()}, file)
+    assert rounded_to(read_folder(tmp_path / "floats")) is None
 
 
 def test_what_llama_cpp_cannot_run_is_quantised_for_gemb_and_told(tmp_path: Path) -> None:
@@ -320,6 +372,7 @@ def test_a_loss_above_max_drop_is_code_8_and_keeps_nothing(gemma: Path, tmp_path
         ({"format": "int4", "gguf": "q4_0"},
          "format int4 gives a folder and gguf q4_0 a file; give one of them"),
         ({"format": "int4", "grid": "int8"}, "grid int8 is that of --format unquantized, which is not given"),
+        ({"device": "abacus"}, "--device 'abacus' is unknown; choose auto, cpu, cuda, cuda:N or mps"),
         ({"gguf": "q8_0"}, "OUT does not end in .gguf; --gguf writes one file, such as OUT.gguf"),
         ({"output": Path("x.gguf")},
          "x.gguf is the name of a file; pass --gguf q8_0 for one, or the name of a folder"),
@@ -361,6 +414,9 @@ def test_rows_that_are_no_whole_blocks_are_refused_by_name(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+INSTEAD = "leave --gguf out for a folder that gemb runs (--format int8), or take --onnx int8 for onnxruntime"
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "reason"),
     [
@@ -382,13 +438,59 @@ def test_what_llama_cpp_cannot_do_is_refused_with_its_reason(
     source = tiny_folder(tmp_path / "source", name, **settings)
     with pytest.raises(MismatchError) as caught:
         quantised(source, tmp_path / "out.gguf", gguf="q8_0")
-    assert str(caught.value) == f"source cannot be written for llama.cpp: {reason}"
+    assert str(caught.value) == f"source cannot be written for llama.cpp: {reason}; {INSTEAD}"
+
+
+def test_gemma_with_another_tokenizer_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    source = tiny_folder(tmp_path / "source", "gemma3")
+    with pytest.raises(MismatchError) as caught:
+        quantised(source, tmp_path / "out.gguf", gguf="q8_0")
+    assert str(caught.value) == (
+        f"source: its tokenizer is WordLevel, not the BPE with byte_fallback that Gemma has; {INSTEAD}"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_f16_is_refused_for_gemma(tmp_path: Path) -> None:
     source = gguf_folder(tmp_path / "source", "gemma3_text")
-    with pytest.raises(MismatchError, match=r"overflow f16 in llama\.cpp; take bf16 or f32$"):
+    with pytest.raises(MismatchError, match=r"overflow f16 in llama\.cpp \(take bf16 or f32\); leave"):
         quantised(source, tmp_path / "out.gguf", gguf="f16")
+
+
+def changed(source: Path, target: Path, number: float) -> tuple[Path, str]:
+    """A copy of `source` with one number changed, and where that stands, for messages."""
+    file = shutil.copytree(source, target) / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    tensors[name][1, 2] = number
+    save_file(tensors, file)
+    return target, f"{file}: {name}"
+
+
+@pytest.mark.parametrize("settings", [{"format": "int4"}, {"format": "bf16"}, {"onnx": "f32"}])
+def test_a_model_with_nan_is_refused_before_anything_is_written(
+    settings: dict[str, str], gemma: Path, tmp_path: Path
+) -> None:
+    source, _ = changed(gemma, tmp_path / "source", float("nan"))
+    with pytest.raises(UnavailableError, match=r"1 of the .* numbers of .*q_proj\.weight are NaN .* anew$"):
+        quantised(source, tmp_path / "out", **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [({"format": "int8"}, "q8_0"), ({"format": "unquantized", "grid": "int4"}, "q4_0")],
+)
+def test_a_number_that_the_grid_cannot_hold_is_told_with_its_place_in_the_source(
+    settings: dict[str, str], kind: str, gemma: Path, tmp_path: Path
+) -> None:
+    source, place = changed(gemma, tmp_path / "source", 1e30)
+    with pytest.raises(MismatchError) as caught:
+        quantised(source, tmp_path / "out", **settings)
+    assert str(caught.value) == (
+        f"{place}: its largest size is 1e+30, which {kind} cannot hold; take bf16 or f32"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_full_disk_leaves_nothing(gemma: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,6 +518,27 @@ def test_a_truncated_and_a_flipped_model_gguf_are_told_by_name(int4: Path, tmp_p
         UnavailableError, match=r"model\.gguf is damaged: its content does not have the checksum"
     ):
         Encoder.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name"), [("mixed", "model.safetensors"), ("unquantized", "2_Dense/model.safetensors")]
+)
+def test_a_flipped_bit_of_safetensors_is_told_by_name(
+    wanted: str, name: str, gemma: Path, tmp_path: Path
+) -> None:
+    quantised(gemma, tmp_path / "out", format=wanted)
+    file, record = tmp_path / "out" / name, tmp_path / "out" / "gemb.json"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UnavailableError) as caught:
+        fingerprint(read_folder(tmp_path / "out"))
+    assert str(caught.value) == (
+        f"{file} is damaged: its checksum is not the one in {record}; export or copy it again, "
+        f"or remove {record} if you changed the weights"
+    )
+    record.unlink()
+    assert fingerprint(read_folder(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("command", ["merge", "adapt", "train"])

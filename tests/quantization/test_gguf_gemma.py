@@ -291,7 +291,7 @@ def test_the_exported_file_computes_what_training_through_its_grid_computes(
          "its layers with full attention do not come at one fixed distance"),
         ({}, {"pooling": "max"}, "its pooling is 'max', not one of mean, cls, lasttoken"),
         ({}, {"dense": [(32, 32)]}, "it has 1 Dense modules; llama.cpp knows none or two"),
-        ({}, {"kind": KINDS["f16"]}, "Gemma's activations overflow f16 in llama.cpp; take bf16 or f32"),
+        ({}, {"kind": KINDS["f16"]}, "Gemma's activations overflow f16 in llama.cpp (take bf16 or f32)"),
         ({"attention_bias": True}, {"pooling": "max"},
          "its attention has biases; its pooling is 'max', not one of mean, cls, lasttoken"),
     ],

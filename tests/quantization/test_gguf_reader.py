@@ -114,7 +114,8 @@ TENSOR = struct.pack("<Q", 1) + b"w"  # its name; then sizes, kind and offset
     ("damage", "message"),
     [
         (lambda _: b"", "is damaged: it is empty; export or copy it again"),
-        (lambda whole: b"PK\3\4" + whole[4:], "is no GGUF file: it starts with b'PK\\x03\\x04', not b'GGUF'"),
+        (lambda whole: b"PK\3\4" + whole[4:],
+         "is no GGUF file: it starts with b'PK\\x03\\x04', not b'GGUF'; export or copy it again"),
         (lambda whole: whole[:4] + b"\1" + whole[5:], "is of GGUF version 1; gemb reads 2 and 3"),
         (lambda whole: whole[:20],
          "is damaged: its counts: 16 bytes at position 8, but the file ends at 20; export or copy it again"),
