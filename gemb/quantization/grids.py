@@ -82,7 +82,8 @@ class BlockGrid(Grid):
 
     def dequantise(self, quantised: Quantised) -> Tensor:
         """float32 [..., D], codes times scales."""
-        return (_blocks(quantised.codes.float(), self.name) * quantised.scales.float()[..., None]).flatten(-2)
+        blocks = _blocks(quantised.codes.float(), self.name)  # a copy; another would cost most of the time
+        return blocks.mul_(quantised.scales.float()[..., None]).flatten(-2)
 
     def _split(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """Scales float16 [..., G] and the other bytes uint8 [..., G, block_bytes - 2]."""
@@ -121,7 +122,7 @@ class _Q4(BlockGrid):
     def unpack(self, packed: Tensor) -> Quantised:
         """The inverse of `pack`, exact. Raises ValueError if the last size of `packed` is no whole blocks."""
         scales, pairs = self._split(packed)
-        codes = torch.cat([pairs & 15, pairs >> 4], dim=-1).to(torch.int8) - 8
+        codes = torch.cat([pairs & 15, pairs >> 4], dim=-1).view(torch.int8).sub_(8)
         return Quantised(codes.flatten(-2), scales)
 
 
@@ -176,7 +177,7 @@ class RowGrid(Grid):
 
     def dequantise(self, quantised: Quantised) -> Tensor:
         """float32 [..., D], codes times scales."""
-        return quantised.codes.float() * quantised.scales
+        return quantised.codes.float().mul_(quantised.scales)
 
     def pack(self, codes: Tensor) -> Tensor:
         """int8 [..., D] as it is; int4 as uint8 [..., ceil(D / 2)]: code + 8, the first in the low half."""
@@ -191,7 +192,8 @@ class RowGrid(Grid):
         """int8 [..., width], the inverse of `pack`."""
         if self.bits == 8:
             return packed
-        return (torch.stack([packed & 15, packed >> 4], dim=-1).to(torch.int8) - 8).flatten(-2)[..., :width]
+        pairs = torch.stack([packed & 15, packed >> 4], dim=-1)
+        return pairs.view(torch.int8).sub_(8).flatten(-2)[..., :width]
 
 
 Q4_0: BlockGrid = _Q4()
