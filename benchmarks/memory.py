@@ -40,7 +40,7 @@ texts = [json.loads(line)["text"] for line in open(sys.argv[2], encoding="utf-8"
 model = SentenceTransformer(sys.argv[1], device="cpu")
 np.save(sys.argv[3], model.encode(texts, batch_size=32, show_progress_bar=False))
 """
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,36 +67,44 @@ def peak_of(name: str, rows: int, command: list[str], threads: int, console: Con
 
     Raises RuntimeError with its stderr if it fails.
     """
+    # VmHWM only rises, so the last reading before the end is the peak; waiting for ru_maxrss instead would
+    # count the memory of this process at the fork.
+    finished = Run(name, rows, *watched(name, command, threads, "VmHWM"))
+    if console:
+        console.print(
+            f"{name}: {rows:,} rows, {finished.peak_rss_bytes / 2**20:,.0f} MiB, {finished.seconds:.0f} s",
+            highlight=False,
+        )
+    return finished
+
+
+def watched(name: str, command: list[str], threads: int, figure: str) -> tuple[int, float]:
+    """(largest `figure` of /proc/PID/status in bytes, seconds) of a command, which is run to its end.
+
+    Raises RuntimeError with its stderr if it fails; `name` is what it is called there.
+    """
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as stderr:
         process = subprocess.Popen(
             command, stderr=stderr, stdout=subprocess.DEVNULL, cwd=REPOSITORY, env=thread_environment(threads)
         )
         status, peak = Path(f"/proc/{process.pid}/status"), 0
-        # The mark only rises, so the last reading before the end is the peak; waiting for ru_maxrss
-        # instead would count the memory of this process at the fork.
         while process.poll() is None:
             try:
-                peak = max(peak, _high_water(status.read_text(encoding="utf-8")))
+                peak = max(peak, bytes_of(figure, status.read_text(encoding="utf-8")))
             except (FileNotFoundError, ProcessLookupError):
                 break
             time.sleep(POLL_SECONDS)
         if process.wait():
             stderr.seek(0)
             raise RuntimeError(f"{name} ended with {process.returncode}:\n{stderr.read()[-3000:]}")
-    finished = Run(name, rows, peak, time.perf_counter() - started)
-    if console:
-        console.print(
-            f"{name}: {rows:,} rows, {peak / 2**20:,.0f} MiB, {finished.seconds:.0f} s", highlight=False
-        )
-    return finished
+    return peak, time.perf_counter() - started
 
 
-def _high_water(status: str) -> int:
-    for line in status.splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0  # a process that has ended and not been waited for has no memory left to tell of
+def bytes_of(figure: str, status: str) -> int:
+    """A figure such as VmHWM in the text of /proc/PID/status; 0 of a process that has ended."""
+    line = next((line for line in status.splitlines() if line.startswith(f"{figure}:")), None)
+    return int(line.split()[1]) * 1024 if line else 0
 
 
 def run(

@@ -11,23 +11,20 @@ not count.
 
 import gzip
 import json
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.encode import show_bars
 from benchmarks.harness import MINIMUM_ROUNDS, Bar, write_result
 from benchmarks.machine import this_machine
 from benchmarks.models import REPOSITORY, SHARED_DATA, build_once, cache_folder
 from benchmarks.pretrainers import TokenRow
-from benchmarks.train import Track, race
+from benchmarks.train import race, results_of, show_results
 from benchmarks.trainers import TrainerSettings
 from gemb.errors import UnavailableError
 from gemb.text.denoising import Denoiser, Frame, Row, causal_row, denoising_row, drawn
@@ -164,11 +161,11 @@ def run(
         instructions=instructions,
         module="benchmarks.pretrainers",
     )
-    results = _results(tracks, tokens, threads, shape)
+    results = results_of(tracks, tokens, threads, shape)
     verdicts = [Bar("gemb: tokens/s over transformers", results[0]["speed_against_peer"], 1.5)]
     objective = "causal language modelling" if is_causal else "UL2"
     title = f"{shape}, {objective}, batch {batch_size}, {tokens:,} tokens, {threads} threads, fp32"
-    _show(console, title, results)
+    show_results(console, title, results)
     show_bars(console, verdicts)
     return {
         "settings": {
@@ -196,43 +193,6 @@ def _padded_tokens(rows: Sequence[TokenRow], batch_size: int) -> int:
         longest = max(len(source) for source, _ in batch) + max(len(whole) - 1 for _, whole in batch)
         total += len(batch) * longest
     return total
-
-
-def _results(tracks: Sequence[Track], tokens: int, threads: int, shape: str) -> list[dict[str, Any]]:
-    """What each trainer took, as JSON values; the last is the peer."""
-    peer = tracks[-1].seconds(threads)
-    found = []
-    for track in tracks:
-        seconds = track.seconds(threads)
-        found.append({
-            "name": track.settings.name,
-            "settings": {**asdict(track.settings), "folder": shape},
-            "tokens_per_second": tokens / statistics.median(seconds),
-            "speed_against_peer": statistics.median(
-                theirs / own for own, theirs in zip(seconds, peer, strict=True)
-            ),
-            "seconds": seconds,
-            "spread": max(seconds) / min(seconds) - 1,
-            "peak_rss_bytes": track.peak_rss_bytes(),
-            "losses": track.laps[0].losses,
-        })  # fmt: skip
-    return found
-
-
-def _show(console: Console, title: str, results: Sequence[Mapping[str, Any]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for heading in ("", "tokens/s", "x", "peak MiB", "first loss", "last loss"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for one in results:
-        table.add_row(
-            one["name"],
-            f"{one['tokens_per_second']:,.0f}",
-            f"{one['speed_against_peer']:.2f}",
-            f"{one['peak_rss_bytes'] / 2**20:,.0f}",
-            f"{one['losses'][0]:.4f}",
-            f"{one['losses'][-1]:.4f}",
-        )
-    console.print(table)
 
 
 def main(

@@ -8,12 +8,21 @@ token from those before it. What is timed is the loop: packing or padding, forwa
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.trainers import CLIP_NORM, LEARNING_RATE, Trainer, TrainerSettings, batches_of, serve
+from benchmarks.trainers import (
+    CLIP_NORM,
+    LEARNING_RATE,
+    Trainer,
+    TrainerSettings,
+    batches_of,
+    serve,
+    timed_pass,
+)
 
 TokenRow = tuple[list[int], list[int]]
 _NO_TARGET = -100
@@ -85,15 +94,8 @@ class Transformers:
 
     def train(self, rows: Sequence[TokenRow], /) -> tuple[float, float, list[float]]:
         """One pass; setting the trainer up is not timed."""
-        import tempfile
-
         from torch.utils.data import SequentialSampler
-        from transformers import (
-            PrinterCallback,
-            Seq2SeqTrainer,
-            Seq2SeqTrainingArguments,
-            TrainerCallback,
-        )
+        from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
         class InOrder(Seq2SeqTrainer):
             """The same batches as everybody's; it trains decoders as Trainer does."""
@@ -101,51 +103,14 @@ class Transformers:
             def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:  # noqa: ANN401
                 return SequentialSampler(rows)
 
-        class Clock(TrainerCallback):
-            """The time from the begin of training to its end, and the losses."""
-
-            def __init__(self) -> None:
-                self.began = self.took = (0.0, 0.0)
-                self.losses: list[float] = []
-
-            def on_train_begin(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
-                self.began = time.perf_counter(), time.process_time()
-
-            def on_train_end(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
-                self.took = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
-
-            def on_log(self, *_: Any, **given: Any) -> None:  # noqa: ANN401
-                if "loss" in given["logs"]:
-                    self.losses.append(given["logs"]["loss"])
-
-        clock = Clock()
-        with tempfile.TemporaryDirectory(prefix="gemb-bench-") as scratch:
-            arguments = Seq2SeqTrainingArguments(
-                output_dir=scratch,
-                num_train_epochs=1,
-                per_device_train_batch_size=self._settings.batch_size,
-                learning_rate=LEARNING_RATE,
-                lr_scheduler_type="constant",
-                max_grad_norm=CLIP_NORM,
-                weight_decay=0.0,
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=True,
-                dataloader_pin_memory=False,
-                remove_unused_columns=False,
-            )
-            trainer = InOrder(
-                model=self._model,
-                args=arguments,
-                train_dataset=list(rows),
-                data_collator=self._padded,
-                callbacks=[clock],
-            )
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
-        return *clock.took, clock.losses
+        return timed_pass(
+            InOrder,
+            partial(Seq2SeqTrainingArguments, remove_unused_columns=False),
+            self._settings.batch_size,
+            model=self._model,
+            train_dataset=list(rows),
+            data_collator=self._padded,
+        )
 
     def _padded(self, rows: Sequence[TokenRow]) -> dict[str, Any]:
         """A batch as the model takes it; a decoder shifts the labels itself."""

@@ -286,38 +286,12 @@ def run(
         threads=threads,
         instructions=instructions,
     )
-    peer = tracks[-1]
-    table = Table(
-        title=f"Gemma 3, {shape}, batch {batch_size}, {sum(counts):,} tokens, {threads} threads, fp32",
-        title_justify="left",
+    rows = results_of(tracks, sum(counts), threads, shape)
+    show_results(
+        console,
+        f"Gemma 3, {shape}, batch {batch_size}, {sum(counts):,} tokens, {threads} threads, fp32",
+        rows,
     )
-    for heading in ("", "tokens/s", "x", "peak MiB", "first loss", "last loss"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    rows = []
-    for track in tracks:
-        seconds = track.seconds(threads)
-        row = {
-            "name": track.settings.name,
-            "settings": {**asdict(track.settings), "folder": shape},
-            "tokens_per_second": sum(counts) / statistics.median(seconds),
-            "speed_against_peer": statistics.median(
-                theirs / own for own, theirs in zip(seconds, peer.seconds(threads), strict=True)
-            ),
-            "seconds": seconds,
-            "spread": max(seconds) / min(seconds) - 1,
-            "peak_rss_bytes": track.peak_rss_bytes(),
-            "losses": track.laps[0].losses,
-        }
-        rows.append(row)
-        table.add_row(
-            track.settings.name,
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['speed_against_peer']:.2f}",
-            f"{track.peak_rss_bytes() / 2**20:,.0f}",
-            f"{track.laps[0].losses[0]:.4f}",
-            f"{track.laps[0].losses[-1]:.4f}",
-        )
-    console.print(table)
     verdicts = size_bars(rows) if matryoshka else bars(rows, batch_size=batch_size, cached=cached)
     show_bars(console, verdicts)
     return {
@@ -335,6 +309,44 @@ def run(
         "trainers": rows,
         "bars": [bar.as_dict() for bar in verdicts],
     }
+
+
+def results_of(tracks: Sequence[Track], tokens: int, threads: int, shape: str) -> list[dict[str, Any]]:
+    """What each trainer took, as JSON values; the last is the peer."""
+    peer = tracks[-1].seconds(threads)
+    found = []
+    for track in tracks:
+        seconds = track.seconds(threads)
+        found.append({
+            "name": track.settings.name,
+            "settings": {**asdict(track.settings), "folder": shape},
+            "tokens_per_second": tokens / statistics.median(seconds),
+            "speed_against_peer": statistics.median(
+                theirs / own for own, theirs in zip(seconds, peer, strict=True)
+            ),
+            "seconds": seconds,
+            "spread": max(seconds) / min(seconds) - 1,
+            "peak_rss_bytes": track.peak_rss_bytes(),
+            "losses": track.laps[0].losses,
+        })  # fmt: skip
+    return found
+
+
+def show_results(console: Console, title: str, results: Sequence[Mapping[str, Any]]) -> None:
+    """Print the table of what `results_of` gives."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("", "tokens/s", "x", "peak MiB", "first loss", "last loss"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for one in results:
+        table.add_row(
+            one["name"],
+            f"{one['tokens_per_second']:,.0f}",
+            f"{one['speed_against_peer']:.2f}",
+            f"{one['peak_rss_bytes'] / 2**20:,.0f}",
+            f"{one['losses'][0]:.4f}",
+            f"{one['losses'][-1]:.4f}",
+        )
+    console.print(table)
 
 
 def bars(rows: Sequence[Mapping[str, Any]], *, batch_size: int, cached: bool) -> list[Bar]:

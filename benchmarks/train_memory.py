@@ -13,10 +13,8 @@ import gzip
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +26,8 @@ from rich.table import Table
 
 from benchmarks.encode import show_bars
 from benchmarks.harness import Bar, write_result
-from benchmarks.machine import this_machine, thread_environment
+from benchmarks.machine import this_machine
+from benchmarks.memory import watched
 from benchmarks.models import REPOSITORY, SHARED_DATA
 from benchmarks.train import shape_folder
 from gemb.errors import UnavailableError
@@ -36,7 +35,6 @@ from gemb.errors import UnavailableError
 DATA_SET = "wiki-split"
 SHAPE = "10m"
 BOUND = 1.03
-POLL_SECONDS = 0.02
 RECIPE = """\
 model: {model}
 data: [{{path: {rows}, prompts: none}}]
@@ -85,31 +83,13 @@ def peak_of(rows: int, command: list[str], threads: int, console: Console | None
 
     Raises RuntimeError with its stderr if it fails.
     """
-    started = time.perf_counter()
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as stderr:
-        process = subprocess.Popen(
-            command, stderr=stderr, stdout=subprocess.DEVNULL, cwd=REPOSITORY, env=thread_environment(threads)
-        )
-        status, peak = Path(f"/proc/{process.pid}/status"), 0
-        while process.poll() is None:
-            try:
-                peak = max(peak, anonymous_bytes(status.read_text(encoding="utf-8")))
-            except (FileNotFoundError, ProcessLookupError):
-                break
-            time.sleep(POLL_SECONDS)
-        if process.wait():
-            stderr.seek(0)
-            raise RuntimeError(f"gemb train ended with {process.returncode}:\n{stderr.read()[-3000:]}")
-    finished = Run(rows, peak, time.perf_counter() - started)
+    finished = Run(rows, *watched("gemb train", command, threads, "RssAnon"))
     if console:
-        console.print(f"{rows:,} rows: {peak / 2**20:,.1f} MiB, {finished.seconds:.0f} s", highlight=False)
+        console.print(
+            f"{rows:,} rows: {finished.peak_anonymous_bytes / 2**20:,.1f} MiB, {finished.seconds:.0f} s",
+            highlight=False,
+        )
     return finished
-
-
-def anonymous_bytes(status: str) -> int:
-    """RssAnon of /proc/PID/status; 0 of a process that has ended."""
-    line = next((line for line in status.splitlines() if line.startswith("RssAnon:")), None)
-    return int(line.split()[1]) * 1024 if line else 0
 
 
 def growth(runs: list[Run]) -> float:

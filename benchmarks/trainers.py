@@ -148,12 +148,9 @@ class SentenceTransformers:
 
     def train(self, pairs: Sequence[Pair]) -> tuple[float, float, list[float]]:
         """One pass; setting the trainer up is not timed."""
-        import tempfile
-
         from datasets import Dataset  # type: ignore[import-untyped]
         from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
         from torch.utils.data import BatchSampler, SequentialSampler
-        from transformers import PrinterCallback, TrainerCallback
 
         class InOrder(SentenceTransformerTrainer):
             """The same batches as everybody's."""
@@ -161,51 +158,67 @@ class SentenceTransformers:
             def get_batch_sampler(self, dataset: Any, batch_size: int, *_: Any, **__: Any) -> BatchSampler:  # noqa: ANN401
                 return BatchSampler(SequentialSampler(dataset), batch_size, drop_last=False)
 
-        class Clock(TrainerCallback):
-            """The time from the begin of training to its end, and the losses."""
-
-            def __init__(self) -> None:
-                self.began = self.took = (0.0, 0.0)
-                self.losses: list[float] = []
-
-            def on_train_begin(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
-                self.began = time.perf_counter(), time.process_time()
-
-            def on_train_end(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
-                self.took = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
-
-            def on_log(self, *_: Any, **given: Any) -> None:  # noqa: ANN401
-                if "loss" in given["logs"]:
-                    self.losses.append(given["logs"]["loss"])
-
-        clock = Clock()
         queries, passages = zip(*pairs, strict=True)
-        with tempfile.TemporaryDirectory(prefix="gemb-bench-") as scratch:
-            arguments = SentenceTransformerTrainingArguments(
-                output_dir=scratch,
-                num_train_epochs=1,
-                per_device_train_batch_size=self._settings.batch_size,
-                learning_rate=LEARNING_RATE,
-                lr_scheduler_type="constant",
-                max_grad_norm=CLIP_NORM,
-                weight_decay=0.0,
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=True,
-                dataloader_pin_memory=False,
-            )
-            trainer = InOrder(
-                model=self._model,
-                args=arguments,
-                train_dataset=Dataset.from_dict({"anchor": list(queries), "positive": list(passages)}),
-                loss=self._loss,
-                callbacks=[clock],
-            )
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
-        return *clock.took, clock.losses
+        return timed_pass(
+            InOrder,
+            SentenceTransformerTrainingArguments,
+            self._settings.batch_size,
+            model=self._model,
+            train_dataset=Dataset.from_dict({"anchor": list(queries), "positive": list(passages)}),
+            loss=self._loss,
+        )
+
+
+def timed_pass(
+    trainer: Callable[..., Any], arguments: Callable[..., Any], batch_size: int, **parts: object
+) -> tuple[float, float, list[float]]:
+    """(wall seconds, processor seconds, loss of each step) of one epoch of a Trainer of transformers.
+
+    `trainer` and `arguments` are its class and that of its arguments, or of what is derived from it; `parts`
+    are its model, data and whatever else it takes.
+    """
+    import tempfile
+
+    from transformers import PrinterCallback, TrainerCallback
+
+    class Clock(TrainerCallback):
+        """The time from the begin of training to its end, and the losses."""
+
+        def __init__(self) -> None:
+            self.began = self.took = (0.0, 0.0)
+            self.losses: list[float] = []
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
+            self.began = time.perf_counter(), time.process_time()
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
+            self.took = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
+
+        def on_log(self, *_: Any, **given: Any) -> None:  # noqa: ANN401
+            if "loss" in given["logs"]:
+                self.losses.append(given["logs"]["loss"])
+
+    clock = Clock()
+    with tempfile.TemporaryDirectory(prefix="gemb-bench-") as scratch:
+        settings = arguments(
+            output_dir=scratch,
+            num_train_epochs=1,
+            per_device_train_batch_size=batch_size,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            max_grad_norm=CLIP_NORM,
+            weight_decay=0.0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        )
+        made = trainer(args=settings, callbacks=[clock], **parts)
+        made.remove_callback(PrinterCallback)
+        made.train()
+    return *clock.took, clock.losses
 
 
 ENGINES: dict[str, Callable[[TrainerSettings], Trainer]] = {

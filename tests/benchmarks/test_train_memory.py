@@ -5,7 +5,8 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.train_memory import Run, anonymous_bytes, growth, peak_of, write_rows
+from benchmarks.memory import bytes_of
+from benchmarks.train_memory import Run, growth, peak_of, write_rows
 
 
 def test_rows_are_repeated_until_there_are_enough_and_all_are_different(tmp_path: Path) -> None:
@@ -23,8 +24,8 @@ def test_memory_that_no_file_backs_is_seen_while_the_process_has_it() -> None:
     found = peak_of(7, [sys.executable, "-c", block], 1)
     assert found.rows == 7
     assert 300 * 2**20 < found.peak_anonymous_bytes < 360 * 2**20
-    assert anonymous_bytes("VmHWM: 5 kB\nRssAnon:\t     12 kB\n") == 12 * 1024
-    assert anonymous_bytes("State: Z (zombie)\n") == 0
+    assert bytes_of("RssAnon", "VmHWM: 5 kB\nRssAnon:\t     12 kB\n") == 12 * 1024
+    assert bytes_of("RssAnon", "State: Z (zombie)\n") == 0
 
 
 def test_growth_is_that_of_the_medians() -> None:
