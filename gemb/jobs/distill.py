@@ -8,11 +8,10 @@ docs/distill.md tells what is added.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gemb.errors import GembError
 from gemb.files import read_json
@@ -20,10 +19,8 @@ from gemb.jobs import quickstart, train
 from gemb.report import OnProgress, Plan, Report, ignore
 from gemb.training.data_recipe import PromptText
 from gemb.training.distill_recipe import DistillRecipe, ModelConfig, StudentSettings
+from gemb.training.material import Material
 from gemb.training.teacher_recipe import TeacherSettings
-
-if TYPE_CHECKING:
-    from gemb.training.setup import Material
 
 __all__ = ["DistillRecipe", "plan", "run"]
 
@@ -69,7 +66,8 @@ def _resolved(recipe: DistillRecipe) -> tuple[DistillRecipe, TeacherSettings, Ma
         for prompt in (data.prompts.query, data.prompts.passage)
         if isinstance(prompt, PromptText)
     ]
-    material = _StudentMaterial(student, prompts, recipe.max_tokens, recipe.offline)
+    writer = _Student(student, prompts, recipe.max_tokens, recipe.offline)
+    material = replace(quickstart.MATERIAL, model_name=student.label, write_model=writer.write)
     return wanted, recipe.teacher, material
 
 
@@ -83,8 +81,8 @@ def _config(given: str | ModelConfig) -> ModelConfig:
 
 
 @dataclass(frozen=True)
-class _StudentMaterial:
-    """The data that `gemb train` makes on the spot, and the student in place of a random model."""
+class _Student:
+    """Writes the student of a recipe, which is made on the spot."""
 
     student: StudentSettings
     prompts: Sequence[str]
@@ -92,21 +90,7 @@ class _StudentMaterial:
     max_tokens: int | None
     offline: bool
 
-    @property
-    def data_names(self) -> Sequence[str]:
-        """As in quickstart."""
-        return quickstart.MATERIAL.data_names
-
-    @property
-    def model_name(self) -> str:
-        """What the recipe calls the student."""
-        return self.student.label
-
-    def write_data(self, folder: Path) -> Mapping[str, Path]:
-        """See quickstart."""
-        return quickstart.MATERIAL.write_data(folder)
-
-    def write_model(self, folder: Path, texts: Iterator[str], seed: int) -> None:
+    def write(self, folder: Path, texts: Iterator[str], seed: int) -> None:
         """Write the student's folder, cut from another model or of random weights.
 
         Raises GembError for what does not fit.

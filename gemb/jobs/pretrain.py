@@ -19,16 +19,17 @@ from gemb.jobs import tiny_decoder
 from gemb.jobs.train import Begun, carry_out
 from gemb.report import OnProgress, Plan, Report, counted, ignore
 from gemb.report.progress import duration
+from gemb.training.material import Material
 from gemb.training.pretrain_recipe import PretrainRecipe
 from gemb.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from gemb.training.pretrain_setup import PretrainMaterial, PretrainSetup
+    from gemb.training.pretrain_setup import PretrainSetup
 
 __all__ = ["PretrainRecipe", "plan", "run"]
 
 
-def plan(recipe: PretrainRecipe, material: PretrainMaterial = tiny_decoder.MATERIAL) -> Plan:
+def plan(recipe: PretrainRecipe, material: Material = tiny_decoder.MATERIAL) -> Plan:
     """What `run` would do, for --dry-run, from reading some texts and computing the gradients of one batch.
 
     Writes nothing but a temporary folder that is gone afterwards. Raises GembError as `run` does before its
@@ -51,7 +52,7 @@ def run(
     on_progress: OnProgress = ignore,
     *,
     overwrite: bool = False,
-    material: PretrainMaterial = tiny_decoder.MATERIAL,
+    material: Material = tiny_decoder.MATERIAL,
 ) -> Report:
     """Train what the recipe says, or go on where an earlier run of it was stopped.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,9 @@ import orjson
 
 from gemb.errors import UnavailableError
 from gemb.files import atomic_write, os_errors_explained, write_json
+from gemb.model.random_weights import write_mean_pooling
 from gemb.model.tensor_file import save_tensors
+from gemb.training.material import Material
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,25 +40,15 @@ _LONGEST = 800
 VOCABULARY = 6000
 """Entries of the tokenizer, the special ones included."""
 _SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
+_MAX_TOKENS = 256
 _WIDTH = 192
-_CONFIG: Mapping[str, Any] = {
-    "architectures": ["Gemma3TextModel"],
+GEMMA3: Mapping[str, Any] = {
     "model_type": "gemma3_text",
-    "hidden_size": _WIDTH,
-    "intermediate_size": 512,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 64,
-    "query_pre_attn_scalar": 64,
     "max_position_embeddings": 512,
-    "sliding_window": 512,
-    "layer_types": ["full_attention"] * 3,
     "rms_norm_eps": 1e-6,
     "hidden_activation": "gelu_pytorch_tanh",
     "attention_bias": False,
     "attention_dropout": 0.0,
-    "use_bidirectional_attention": True,
     "rope_parameters": {
         "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -68,6 +59,21 @@ _CONFIG: Mapping[str, Any] = {
     "bos_token_id": 2,
     "dtype": "float32",
 }
+"""What config.json of a small Gemma 3 has beside its shape; the ids are those of `write_tokenizer`."""
+_CONFIG: Mapping[str, Any] = {
+    **GEMMA3,
+    "architectures": ["Gemma3TextModel"],
+    "hidden_size": _WIDTH,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "query_pre_attn_scalar": 64,
+    "sliding_window": 512,
+    "layer_types": ["full_attention"] * 3,
+    "use_bidirectional_attention": True,
+}
 
 
 def write_docstrings(folder: Path) -> dict[str, Path]:
@@ -75,12 +81,26 @@ def write_docstrings(folder: Path) -> dict[str, Path]:
 
     Raises UnavailableError if this Python has no sources.
     """
-    files = {name: folder / f"{name}.jsonl" for name in (DOCSTRINGS, HELD_OUT)}
+
+    def rows() -> Iterator[tuple[str, Mapping[str, str]]]:
+        for name, query, positive in docstring_pairs(Path(sysconfig.get_path("stdlib"))):
+            yield name, {"query": query, "positive": positive}
+
+    return write_data_sets(folder, "{}.jsonl", rows())
+
+
+def write_data_sets(
+    folder: Path, pattern: str, rows: Iterator[tuple[str, Mapping[str, str]]]
+) -> dict[str, Path]:
+    """Write rows of (data set, fields) below `folder` unless all files are there; each file by its data set.
+
+    A file is called as `pattern` with the data set for {}. Raises UnavailableError if one has no rows.
+    """
+    files = {name: folder / pattern.format(name) for name in (DOCSTRINGS, HELD_OUT)}
     if all(file.is_file() for file in files.values()):
         return files
     lines: dict[str, list[bytes]] = {name: [] for name in files}
-    for name, query, positive in docstring_pairs(Path(sysconfig.get_path("stdlib"))):
-        row = {"query": query, "positive": positive}
+    for name, row in rows:
         lines[name].append(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
     if not all(lines.values()):
         raise UnavailableError("this Python has no sources of its standard library; use another Python")
@@ -128,29 +148,7 @@ def write_tiny_gemma3(folder: Path, texts: Iterator[str], seed: int) -> None:
     entries = write_tokenizer(folder, texts)
     save_tensors(folder / "model.safetensors", random_gemma3(_CONFIG, entries, seed))
     write_json(folder / "config.json", {**_CONFIG, "vocab_size": entries})
-    kinds = ("Transformer", "Pooling", "Normalize")
-    modules = [
-        {
-            "idx": number,
-            "name": str(number),
-            "path": "" if number == 0 else f"{number}_{kind}",
-            "type": f"sentence_transformers.models.{kind}",
-        }
-        for number, kind in enumerate(kinds)
-    ]
-    with atomic_write(folder / "modules.json") as file:
-        file.write(orjson.dumps(modules, option=orjson.OPT_INDENT_2))
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 256, "do_lower_case": False})
-    write_json(
-        folder / "config_sentence_transformers.json",
-        {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"},
-    )
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    write_json(
-        folder / "1_Pooling" / "config.json",
-        {"word_embedding_dimension": _WIDTH, "pooling_mode_mean_tokens": True, "include_prompt": True},
-    )
-    (folder / "2_Normalize").mkdir(exist_ok=True)
+    write_mean_pooling(folder, _WIDTH, max_tokens=_MAX_TOKENS)
 
 
 def random_gemma3(config: Mapping[str, Any], entries: int, seed: int) -> dict[str, Tensor]:
@@ -200,7 +198,7 @@ def write_tokenizer(
     *,
     more: Sequence[str] = (),
     frame: str = "<bos> $A <eos>",
-    max_tokens: int = 256,
+    max_tokens: int = _MAX_TOKENS,
 ) -> int:
     """A byte-level BPE tokenizer of the texts, with special tokens around each as in `frame`.
 
@@ -231,20 +229,4 @@ def write_tokenizer(
     return int(tokenizer.get_vocab_size())
 
 
-@dataclass(frozen=True)
-class _Material:
-    """The data and the model of this module, as gemb.training.setup asks for them."""
-
-    data_names: Sequence[str] = (DOCSTRINGS, HELD_OUT)
-    model_name: str = TINY_GEMMA3
-
-    def write_data(self, folder: Path) -> Mapping[str, Path]:
-        """See write_docstrings."""
-        return write_docstrings(folder)
-
-    def write_model(self, folder: Path, texts: Iterator[str], seed: int) -> None:
-        """See write_tiny_gemma3."""
-        write_tiny_gemma3(folder, texts, seed)
-
-
-MATERIAL = _Material()
+MATERIAL = Material((DOCSTRINGS, HELD_OUT), TINY_GEMMA3, write_docstrings, write_tiny_gemma3)

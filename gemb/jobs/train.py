@@ -19,6 +19,7 @@ from gemb.files import Lock, check_writable
 from gemb.jobs import quickstart
 from gemb.jobs.interrupts import Interrupts
 from gemb.report import OnProgress, Plan, Report, ignore
+from gemb.training.material import Material
 from gemb.training.pretrain_recipe import PretrainRecipe
 from gemb.training.recipe import RunRecipe, TrainRecipe
 from gemb.training.run_folder import RunFolder
@@ -27,7 +28,6 @@ from gemb.training.watch import Watch
 if TYPE_CHECKING:
     from gemb.training.ranks import Ranks
     from gemb.training.run_session import RunSession
-    from gemb.training.setup import Material
     from gemb.training.teaching import OpenTeacher
 
 __all__ = ["Begun", "PretrainRecipe", "TrainRecipe", "carry_out", "check", "plan", "recipe_for", "run"]

@@ -54,40 +54,41 @@ def write_random(
             if (tokenizer / name).is_file():
                 with os_errors_explained(place / name):
                     shutil.copyfile(tokenizer / name, place / name)
-        kinds = ("Transformer", "Pooling", "Normalize")
-        modules = [
-            {
-                "idx": number,
-                "name": str(number),
-                "path": "" if number == 0 else f"{number}_{kind}",
-                "type": f"sentence_transformers.models.{kind}",
-            }
-            for number, kind in enumerate(kinds)
-        ]
-        with atomic_write(place / "modules.json") as file:
-            file.write(orjson.dumps(modules, option=orjson.OPT_INDENT_2))
-        write_json(
-            place / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False}
-        )
-        write_json(
-            place / "config_sentence_transformers.json",
-            {
-                "prompts": dict(prompts or {}),
-                "default_prompt_name": None,
-                "similarity_fn_name": "cosine",
-            },
-        )
-        (place / "1_Pooling").mkdir()
-        (place / "2_Normalize").mkdir()
-        write_json(
-            place / "1_Pooling" / "config.json",
-            {
-                "word_embedding_dimension": model.config.get_text_config().hidden_size,
-                "pooling_mode_mean_tokens": True,
-                "include_prompt": True,
-            },
-        )
+        width = model.config.get_text_config().hidden_size
+        write_mean_pooling(place, width, max_tokens=max_tokens, prompts=prompts)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def write_mean_pooling(
+    folder: Path, width: int, *, max_tokens: int, prompts: Mapping[str, str] | None = None
+) -> None:
+    """Make a sentence-transformers folder of one of transformers whose states are `width` wide.
+
+    States are averaged over the tokens and brought to unit length.
+    """
+    kinds = ("Transformer", "Pooling", "Normalize")
+    modules = [
+        {
+            "idx": number,
+            "name": str(number),
+            "path": "" if number == 0 else f"{number}_{kind}",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for number, kind in enumerate(kinds)
+    ]
+    with atomic_write(folder / "modules.json") as file:
+        file.write(orjson.dumps(modules, option=orjson.OPT_INDENT_2))
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {"prompts": dict(prompts or {}), "default_prompt_name": None, "similarity_fn_name": "cosine"},
+    )
+    for name in ("1_Pooling", "2_Normalize"):
+        (folder / name).mkdir(exist_ok=True)
+    write_json(
+        folder / "1_Pooling" / "config.json",
+        {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True, "include_prompt": True},
+    )
 
 
 def _entries(tokenizer: Path) -> int:

@@ -17,6 +17,7 @@ from gemb.training.check import check
 from gemb.training.data_recipe import DataSet, RolePrompts
 from gemb.training.gradients import batch_gradients
 from gemb.training.loop import total_parameters
+from gemb.training.material import Material
 from gemb.training.ranks import Ranks
 from gemb.training.recipe import TrainRecipe
 from gemb.training.run_folder import RunFolder
@@ -27,7 +28,7 @@ from gemb.training.session import (
     trainable_names,
     trained_parameters,
 )
-from gemb.training.setup import Material, Setup, prepare
+from gemb.training.setup import Setup, prepare
 from gemb.training.teaching import OpenTeacher
 
 if TYPE_CHECKING:

@@ -7,23 +7,25 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import orjson
 
 from gemb.device import Device
 from gemb.errors import GembError, MismatchError
 from gemb.files import read_json
+from gemb.model.adapting.key_maps import is_encoder_decoder
 from gemb.model.attention import is_bidirectional, reach_of_layers
 from gemb.model.folder import read_folder
-from gemb.model.hub import DEFAULT_MODEL, find_model
+from gemb.model.hub import find_model
 from gemb.model.identity import content_digest
 from gemb.model.weights import Weights
 from gemb.text.inputs import InputFile, resolve_inputs
-from gemb.text.records import ReadOptions, check_fields
+from gemb.text.records import ReadOptions, Record, check_fields, read_records
 from gemb.text.tokenisation import Tokeniser
 from gemb.training.data_recipe import name_of_paths
 from gemb.training.loop import Length
+from gemb.training.material import Material
 from gemb.training.pretrain_batches import PretrainBatches
 from gemb.training.pretrain_documents import Documents
 from gemb.training.pretrain_evaluation import HeldOutTexts
@@ -31,34 +33,9 @@ from gemb.training.pretrain_recipe import PretrainRecipe
 from gemb.training.pretrain_rows import FOR_ENCODER_DECODERS, RowMaker, row_maker
 from gemb.training.ranks import Ranks
 from gemb.training.run_folder import RunFolder
-from gemb.training.setup import USUAL_MAX_TOKENS, pick_device, recipe_values, saved_position
+from gemb.training.setup import PACKAGES, max_tokens_of, pick_device, recipe_values, saved_position
 
 _WHOLE = 1 << 24  # tokens; no text is cut
-_PACKAGES = ("gemb", "torch", "numpy", "safetensors", "tokenizers")
-
-
-class PretrainMaterial(Protocol):
-    """What is made on the spot where a recipe names it: texts of this machine, a random decoder."""
-
-    @property
-    def data_names(self) -> Sequence[str]:
-        """What a path of texts may be instead of a file."""
-        ...
-
-    @property
-    def model_name(self) -> str:
-        """What the model may be instead of a folder or a hub name."""
-        ...
-
-    def write_data(self, folder: Path) -> Mapping[str, Path]:
-        """Write the texts below a folder unless they are there; the file of each name."""
-        ...
-
-    def write_model(
-        self, folder: Path, files: Sequence[InputFile], text_field: str | None, seed: int
-    ) -> None:
-        """Write a model folder with a vocabulary made from the texts."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +67,7 @@ class LanguageFolder:
     @property
     def is_encoder_decoder(self) -> bool:
         """Whether it has both towers."""
-        return "decoder" in self.config and bool(self.config.get("is_encoder_decoder", True))
+        return is_encoder_decoder(self.config)
 
     @property
     def max_tokens(self) -> int:
@@ -149,7 +126,7 @@ def prepare(
     recipe: PretrainRecipe,
     folder: RunFolder,
     ranks: Ranks,
-    material: PretrainMaterial,
+    material: Material,
     notice: Callable[[str], None],
     *,
     overwrite: bool = False,
@@ -172,10 +149,10 @@ def prepare(
     files, held_out = (
         _files(paths, recipe, folder, ranks, material) for paths in (recipe.data, recipe.evaluation.texts)
     )
-    path, name = _model(recipe, files, folder, ranks, material, notice)
+    path, name = material.model(recipe, _texts_of(files, recipe.text_field), folder, ranks, notice)
     model = LanguageFolder.read(path)
     notes = _check_objective(recipe, model, name)
-    max_tokens = _max_tokens(recipe, model)
+    max_tokens = max_tokens_of(recipe.max_tokens, model.max_tokens)
     maker = row_maker(recipe, model.tokeniser(), model.config, max_tokens)
 
     def opened(sources: Sequence[InputFile]) -> Documents:
@@ -184,21 +161,7 @@ def prepare(
             sources, model.tokeniser(), maker.row_tokens, text_field=recipe.text_field, seed=recipe.seed
         )
 
-    teacher = None
-    if recipe.teacher is not None:
-        teacher = find_model(recipe.teacher.model, offline=recipe.offline, announce=notice)
-        its = LanguageFolder.read(teacher)
-        if its.is_encoder_decoder:
-            raise MismatchError(
-                f"teacher.model: {recipe.teacher.model} is an encoder-decoder; give a decoder"
-            )
-        own_ids, its_ids = model.tokeniser().ids, its.tokeniser().ids
-        for token in sorted(own_ids.keys() & its_ids.keys()):
-            if own_ids[token] != its_ids[token]:
-                raise MismatchError(
-                    f"teacher.model: {token!r} is token {its_ids[token]:,} of {recipe.teacher.model}, but "
-                    f"{own_ids[token]:,} of the model; both need the same tokenizer"
-                )
+    teacher = None if recipe.teacher is None else _teacher(recipe.teacher.model, recipe, model, notice)
     evaluation = None
     if held_out and ranks.is_first:
         evaluation = HeldOutTexts(
@@ -248,22 +211,14 @@ def _files(
     recipe: PretrainRecipe,
     folder: RunFolder,
     ranks: Ranks,
-    material: PretrainMaterial,
+    material: Material,
 ) -> list[InputFile]:
     """The files of some texts, those that are made on the spot made."""
     if not paths:
         return []
 
-    def is_made(path: str) -> bool:
-        # A path of a recipe file was made relative to its folder; a file of that name goes before.
-        return Path(path).name in material.data_names and not Path(path).exists()
-
-    if any(map(is_made, paths)):
-        if ranks.is_first:
-            material.write_data(folder.data)
-        ranks.wait()
-        made = material.write_data(folder.data)
-        paths = [str(made[Path(path).name]) if is_made(path) else path for path in paths]
+    made = material.files(paths, folder, ranks)
+    paths = [str(made.get(path, path)) for path in paths]
     files = resolve_inputs(paths)
     for file in files:
         if file.is_stream:
@@ -274,22 +229,9 @@ def _files(
     return files
 
 
-def _model(
-    recipe: PretrainRecipe,
-    files: Sequence[InputFile],
-    folder: RunFolder,
-    ranks: Ranks,
-    material: PretrainMaterial,
-    notice: Callable[[str], None],
-) -> tuple[Path, str]:
-    """The folder of the model to begin with, and what the user calls it."""
-    if recipe.model != material.model_name:
-        path = find_model(recipe.model, offline=recipe.offline, announce=notice)
-        return path, recipe.model or DEFAULT_MODEL
-    if ranks.is_first and not (folder.base / "config.json").is_file():
-        material.write_model(folder.base, files, recipe.text_field, recipe.seed)
-    ranks.wait()
-    return folder.base, material.model_name
+def _texts_of(files: Sequence[InputFile], text_field: str | None) -> Iterator[str]:
+    rows = read_records(files, ReadOptions(text_field=text_field, use_titles=False))
+    return (row.text for row in rows if isinstance(row, Record))
 
 
 def _check_objective(recipe: PretrainRecipe, model: LanguageFolder, name: str) -> list[str]:
@@ -318,14 +260,20 @@ def _check_objective(recipe: PretrainRecipe, model: LanguageFolder, name: str) -
     return []
 
 
-def _max_tokens(recipe: PretrainRecipe, model: LanguageFolder) -> int:
-    if recipe.max_tokens is None:
-        return min(USUAL_MAX_TOKENS, model.max_tokens)
-    if recipe.max_tokens > model.max_tokens:
-        raise MismatchError(
-            f"max_tokens is {recipe.max_tokens:,}, but the model takes {model.max_tokens:,} at most; lower it"
-        )
-    return recipe.max_tokens
+def _teacher(name: str, recipe: PretrainRecipe, model: LanguageFolder, notice: Callable[[str], None]) -> Path:
+    """The folder of the teacher. Raises MismatchError if it is no decoder or has other tokens."""
+    path = find_model(name, offline=recipe.offline, announce=notice)
+    teacher = LanguageFolder.read(path)
+    if teacher.is_encoder_decoder:
+        raise MismatchError(f"teacher.model: {name} is an encoder-decoder; give a decoder")
+    own_ids, its_ids = model.tokeniser().ids, teacher.tokeniser().ids
+    for token in sorted(own_ids.keys() & its_ids.keys()):
+        if own_ids[token] != its_ids[token]:
+            raise MismatchError(
+                f"teacher.model: {token!r} is token {its_ids[token]:,} of {name}, but {own_ids[token]:,} of "
+                "the model; both need the same tokenizer"
+            )
+    return path
 
 
 def _length(recipe: PretrainRecipe, documents: Documents, folder: RunFolder, ranks: Ranks) -> Length:
@@ -360,7 +308,7 @@ def _request(
             "recipe": recipe_values(recipe),
             "model": {"name": name, "fingerprint": model.fingerprint()[:12], **taught},
             "data": digests,
-            "versions": {package: metadata.version(package) for package in _PACKAGES},
+            "versions": {package: metadata.version(package) for package in PACKAGES},
         })
     )  # fmt: skip
     return values

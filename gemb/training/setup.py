@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
@@ -17,13 +17,13 @@ from gemb.device import Device
 from gemb.engine.encoder import load_tokeniser
 from gemb.errors import GembError, MismatchError
 from gemb.model.folder import ModelFolder, fingerprint, read_folder
-from gemb.model.hub import DEFAULT_MODEL, find_model
 from gemb.recipe import resolved
 from gemb.text.prompts import Prompts
 from gemb.text.tokenisation import Tokeniser
 from gemb.training.data_recipe import DataSet
 from gemb.training.held_out import Evaluation, Evaluations, HeldOutPairs
 from gemb.training.loop import Length
+from gemb.training.material import Material
 from gemb.training.mixture import Mixture
 from gemb.training.ranks import Ranks
 from gemb.training.recipe import RunRecipe, TrainRecipe, flat
@@ -33,29 +33,8 @@ from gemb.training.teaching import OpenTeacher, Teaching, width_notes
 USUAL_MAX_TOKENS = 512
 """Texts are cut there unless the recipe says otherwise: most models declare far more than pairs need."""
 
-_PACKAGES = ("gemb", "torch", "numpy", "safetensors", "tokenizers")
-
-
-class Material(Protocol):
-    """What is made on the spot where a recipe names it: data of this machine, a model with random weights."""
-
-    @property
-    def data_names(self) -> Sequence[str]:
-        """What a data set's path may be instead of a file."""
-        ...
-
-    @property
-    def model_name(self) -> str:
-        """What the model may be instead of a folder or a hub name."""
-        ...
-
-    def write_data(self, folder: Path) -> Mapping[str, Path]:
-        """Write the data sets below a folder unless they are there; the file of each by its name."""
-        ...
-
-    def write_model(self, folder: Path, texts: Iterator[str], seed: int) -> None:
-        """Write a model folder with a vocabulary made from the texts."""
-        ...
+PACKAGES = ("gemb", "torch", "numpy", "safetensors", "tokenizers")
+"""Those whose versions are kept with a run."""
 
 
 @dataclass
@@ -122,9 +101,9 @@ def prepare(
     if overwrite and not dry and ranks.is_first:
         folder.forget_another(recipe_values(recipe))
     data, held_out = _with_material(recipe, folder, ranks, material)
-    model_path, model_name = _model(recipe, data, folder, ranks, material, notice)
+    model_path, model_name = material.model(recipe, _texts_of(data, folder), folder, ranks, notice)
     model = read_folder(model_path)
-    tokeniser = load_tokeniser(model, _max_tokens(recipe, model))
+    tokeniser = load_tokeniser(model, max_tokens_of(recipe.max_tokens, model.max_tokens))
     prompts = Prompts(model.prompts, model.default_prompt)
     try:
         sizes, weights = recipe.sizes(model.dims)
@@ -217,70 +196,42 @@ def pick_device(recipe: RunRecipe) -> Device:
     return device
 
 
-def _max_tokens(recipe: TrainRecipe, model: ModelFolder) -> int:
-    if recipe.max_tokens is None:
-        return min(USUAL_MAX_TOKENS, model.max_tokens)
-    if recipe.max_tokens > model.max_tokens:
-        raise MismatchError(
-            f"max_tokens is {recipe.max_tokens:,}, but the model takes {model.max_tokens:,} at most; lower it"
-        )
-    return recipe.max_tokens
+def max_tokens_of(wanted: int | None, most: int) -> int:
+    """Tokens of the longest text: as wanted, or as usual. Raises MismatchError for more than `most`."""
+    if wanted is None:
+        return min(USUAL_MAX_TOKENS, most)
+    if wanted > most:
+        raise MismatchError(f"max_tokens is {wanted:,}, but the model takes {most:,} at most; lower it")
+    return wanted
 
 
 def _with_material(
     recipe: TrainRecipe, folder: RunFolder, ranks: Ranks, material: Material
 ) -> tuple[tuple[DataSet, ...], tuple[DataSet, ...]]:
     """The data sets and the held-out ones, with the files of those that are made on the spot."""
-
-    def made(path: str) -> str | None:
-        # A path of a recipe file was made relative to its folder; a file of that name goes before.
-        name = Path(path).name
-        return name if name in material.data_names and not Path(path).exists() else None
-
     every = (*recipe.data, *recipe.evaluation.pairs)
-    if not any(made(path) for data in every for path in data.paths):
-        return recipe.data, recipe.evaluation.pairs
-    if ranks.is_first:
-        material.write_data(folder.data)
-    ranks.wait()
-    files = material.write_data(folder.data)
+    made = material.files((path for data in every for path in data.paths), folder, ranks)
 
     def placed(data: DataSet) -> DataSet:
-        names = [made(path) for path in data.paths]
-        paths = tuple(
-            str(files[name]) if name else path for name, path in zip(names, data.paths, strict=True)
-        )
-        return data.model_copy(update={"path": paths, "name": data.name or names[0]})
+        if not made.keys() & set(data.paths):
+            return data
+        paths = tuple(str(made.get(path, path)) for path in data.paths)
+        name = data.name or (Path(data.paths[0]).name if data.paths[0] in made else None)
+        return data.model_copy(update={"path": paths, "name": name})
 
     return tuple(map(placed, recipe.data)), tuple(map(placed, recipe.evaluation.pairs))
 
 
-def _model(
-    recipe: TrainRecipe,
-    data: Sequence[DataSet],
-    folder: RunFolder,
-    ranks: Ranks,
-    material: Material,
-    notice: Callable[[str], None],
-) -> tuple[Path, str]:
-    """The folder of the model to begin with, and what the user calls it."""
-    if recipe.model != material.model_name:
-        path = find_model(recipe.model, offline=recipe.offline, announce=notice)
-        return path, recipe.model or DEFAULT_MODEL
-    if ranks.is_first and not (folder.base / "config.json").is_file():
-        from gemb.training.examples import open_rows
+def _texts_of(data: Sequence[DataSet], folder: RunFolder) -> Iterator[str]:
+    """All texts of the data sets."""
+    from gemb.training.examples import open_rows
 
-        def texts() -> Iterator[str]:
-            for one in data:
-                with open_rows(one, folder.data) as rows:
-                    for number in range(rows.size):
-                        example = rows.example(number)
-                        texts = (example.query, *example.positives, *example.negatives)
-                        yield from (text.joined() for text in texts)
-
-        material.write_model(folder.base, texts(), recipe.seed)
-    ranks.wait()
-    return folder.base, material.model_name
+    for one in data:
+        with open_rows(one, folder.data) as rows:
+            for number in range(rows.size):
+                example = rows.example(number)
+                texts = (example.query, *example.positives, *example.negatives)
+                yield from (text.joined() for text in texts)
 
 
 def _request(
@@ -298,7 +249,7 @@ def _request(
         "recipe": recipe_values(recipe),
         "model": {"name": model_name, "fingerprint": fingerprint(model)[:12], **taught},
         "data": {member.name: member.prepared.fingerprint[:12] for member in mixture.members},
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "versions": {name: metadata.version(name) for name in PACKAGES},
     }
 
 
@@ -341,7 +292,7 @@ def _evaluation(
     if not evaluated(recipe) or not ranks.is_first:
         return None
     # The mixture has its tokeniser for itself.
-    tokeniser = load_tokeniser(model, _max_tokens(recipe, model))
+    tokeniser = load_tokeniser(model, max_tokens_of(recipe.max_tokens, model.max_tokens))
     limit = recipe.evaluation.limit
     parts: list[Evaluation] = [
         HeldOutPairs.open(
