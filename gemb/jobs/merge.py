@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,16 +20,18 @@ from pathlib import Path
 import orjson
 import yaml
 
+from gemb.device import available_threads
 from gemb.errors import Exit, GembError
 from gemb.evaluation import Comparison, Task
 from gemb.evaluation.reading import Choices, read_task
 from gemb.files import atomic_write, check_writable, os_errors_explained, read_json, write_json
+from gemb.jobs.merge_digests import PassingDigests, identity_of
 from gemb.jobs.merge_recipe import Ingredient, MergeRecipe, layers_of
 from gemb.jobs.merge_scores import Scored, ScoreLog, Trial, chosen, data_digest, greedy, mixtures, scored
 from gemb.jobs.merge_sources import Source, Tensors, check_alike, checkpoints_of, open_source
 from gemb.jobs.merge_streaming import Merge
 from gemb.jobs.record import versions
-from gemb.model.folder import fingerprint, read_folder
+from gemb.model.folder import fingerprint, is_fingerprinted, read_folder
 from gemb.recipe import resolved
 from gemb.report import Event, OnProgress, Plan, Report, Table, counted, ignore
 
@@ -56,6 +59,11 @@ class _Setup:
         return self.output.with_name(self.output.name + ".partial")
 
     @property
+    def every(self) -> Sequence[Source]:
+        """All that is read: the models, and the base behind them."""
+        return [*self.sources, *([] if self.base is None else [self.base])]
+
+    @property
     def size_bytes(self) -> int:
         """Of the merged weights, at the dtypes of the first model."""
         return sum(weights.size_bytes for weights in self.sources[0].parts.values())
@@ -64,6 +72,18 @@ class _Setup:
         """The merge with these weights, or the recipe's."""
         base = None if self.base is None else Tensors(self.base)
         return Merge(self.recipe, [Tensors(source) for source in self.sources], base, weights)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Whose numbers a merge read and wrote."""
+
+    output: str
+    """The fingerprint of the merged model."""
+    output_digests: Mapping[str, str]
+    """Of its tensors, by full name."""
+    ingredients: Sequence[str | None]
+    """The fingerprints of the models, and of the base behind them; None of the checkpoints of a run."""
 
 
 def plan(recipe: MergeRecipe) -> Plan:
@@ -122,15 +142,16 @@ def run(recipe: MergeRecipe, on_progress: OnProgress = ignore, *, overwrite: boo
     weights = chosen(trials).weights if trials else ()
     verdict: Comparison | None = None
     with appearing(setup.output, overwrite=overwrite) as place:
-        _write(setup, setup.merge(weights), place, on_progress)
+        written = _write(setup, setup.merge(weights), place, on_progress)
         own = scored(setup.output.name, place, setup.tasks, recipe, on_progress) if setup.tasks else None
         best = max(alone, key=lambda one: one.mean, default=None)
         if own is not None and best is not None:
             verdict = own.against(best, recipe.seed)
-        identity = fingerprint(read_folder(place))
-        report = _report(setup, alone, own, verdict, trials, weights, time.monotonic() - began, identity)
+        report = _report(setup, alone, own, verdict, trials, weights, time.monotonic() - began, written)
         _write_card(place, setup, report)
         write_json(place / "gemb.json", {"version": FORMAT, **report.data})
+    # Remembered for the files where they are now: the first use of the model need not read them for it.
+    identity_of(Source(setup.output.name, read_folder(setup.output)), written.output_digests)
     shutil.rmtree(setup.partial, ignore_errors=True)
     return report
 
@@ -227,18 +248,20 @@ def _asked(setup: _Setup) -> str:
     """Digest of all that the score of merged weights depends on, besides the weights."""
     recipe = setup.recipe
     free = {"output", "weights", "choose", "budget", "device", "threads", "max_memory", "offline"}
-    models = [*setup.sources, *([] if setup.base is None else [setup.base])]
     asked = {
         "recipe": {name: value for name, value in resolved(recipe).items() if name not in free},
-        "models": [fingerprint(source.folder) for source in models],
+        "models": [fingerprint(source.folder) for source in setup.every],
         "data": [data_digest(Path(name)) for name in recipe.data],
         "versions": versions(),
     }
     return hashlib.blake2b(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()
 
 
-def _write(setup: _Setup, merge: Merge, place: Path, on_progress: OnProgress) -> None:
-    """A whole model folder at `place`: the files of the first model, the weights merged."""
+def _write(setup: _Setup, merge: Merge, place: Path, on_progress: OnProgress) -> _Written:
+    """A whole model folder at `place`: the files of the first model, the weights merged.
+
+    What has not been fingerprinted before is hashed while it passes by.
+    """
     import torch
 
     from gemb.model.trainable.saving import copy_files
@@ -255,17 +278,35 @@ def _write(setup: _Setup, merge: Merge, place: Path, on_progress: OnProgress) ->
 
     for each in {folder.path, folder.tokenizer_folder, *(module.folder for module in folder.modules)}:
         copy_files(each, place / each.relative_to(folder.path))
+    hashing_threads = setup.recipe.threads or available_threads()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums wait for memory: a second thread only spins
     try:
         merge.prepare(lambda line: on_progress(Event(line, 0, unit="tensors")))
-        for part, weights in parts.items():
-            merge.write(part, weights, place / part / "model.safetensors", tell)
+        with ThreadPoolExecutor(hashing_threads) as threads_of_hashing:
+            pool = threads_of_hashing if hashing_threads > 1 else None
+            ingredients = [
+                None if one.checkpoint is not None or is_fingerprinted(one.folder) else PassingDigests(pool)
+                for one in setup.every
+            ]
+            output = PassingDigests(pool)
+            for part, weights in parts.items():
+                merge.write(part, weights, place / part / "model.safetensors", tell, ingredients, output)
+            digests = [{} if passing is None else passing.finish() for passing in ingredients]
+            output_digests = output.finish()
     finally:
         torch.set_num_threads(threads)
     dtype = setup.recipe.out_dtype or setup.recipe.dtype
     if dtype is not None:
         _declare(place / folder.transformer.folder.relative_to(folder.path) / "config.json", dtype)
+    return _Written(
+        identity_of(Source(setup.output.name, read_folder(place)), output_digests),
+        output_digests,
+        [
+            None if one.checkpoint is not None else identity_of(one, known)
+            for one, known in zip(setup.every, digests, strict=True)
+        ],
+    )
 
 
 def _declare(file: Path, dtype: str) -> None:
@@ -286,23 +327,23 @@ def _report(
     trials: Sequence[Trial],
     weights: Sequence[float],
     seconds: float,
-    identity: str,
+    written: _Written,
 ) -> Report:
     recipe = setup.recipe
     rows = [("method", _method_shown(recipe)), *_ingredient_rows(setup, weights)]
-    rows.append(("model", f"{setup.output} ({identity[:12]})"))
+    rows.append(("model", f"{setup.output} ({written.output[:12]})"))
     data: dict[str, object] = {
         "output": str(setup.output),
-        "fingerprint": identity,
+        "fingerprint": written.output,
         "method": recipe.merge_method,
         "seconds": round(seconds, 3),
         "ingredients": [
-            {"model": source.name, **({} if recipe.last else {"fingerprint": fingerprint(source.folder)})}
-            for source in setup.sources
+            {"model": source.name, **({"fingerprint": identity} if identity else {})}
+            for source, identity in zip(setup.sources, written.ingredients, strict=False)
         ],
         "base": None
         if setup.base is None
-        else {"model": setup.base.name, "fingerprint": fingerprint(setup.base.folder)},
+        else {"model": setup.base.name, "fingerprint": written.ingredients[-1]},
         "weights": list(weights) or None,
         "recipe": resolved(recipe),
         "versions": versions(),

@@ -19,10 +19,12 @@ import orjson
 
 from gemb.errors import GembError, MismatchError, UnavailableError
 from gemb.files import os_errors_explained, readable_bytes, sync_to_disk
+from gemb.jobs.merge_digests import PassingDigests, bytes_of
 from gemb.jobs.merge_recipe import MergeRecipe, layers_of
 from gemb.jobs.merge_sources import Tensors, full_name, is_number
 from gemb.merging.catalogue import TensorSettings
-from gemb.model.weights import DTYPE_NAMES, ITEM_BYTES, Weights
+from gemb.model.identity import not_finite
+from gemb.model.weights import DTYPE_NAMES, ITEM_BYTES, TensorSpec, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,8 +99,19 @@ class Merge:
                 balance += sign_balance(kept, settings.weights)
         self._zero_sign = 1.0 if balance >= 0 else -1.0
 
-    def write(self, part: str, weights: Weights, path: Path, on_tensor: Callable[[str], None]) -> int:
+    def write(
+        self,
+        part: str,
+        weights: Weights,
+        path: Path,
+        on_tensor: Callable[[str], None],
+        ingredients: Sequence[PassingDigests | None] = (),
+        output: PassingDigests | None = None,
+    ) -> int:
         """Write the merged tensors of a part, in the order of its file; gives the bytes of the numbers.
+
+        The blocks that are read pass by `ingredients`, of the models and then of the base, None where nobody
+        asks for digests; those that are written pass by `output`.
 
         Raises UnavailableError where a number of a model is not finite, GembError where the dtype cannot hold
         a result, MachineError where the disk is full.
@@ -117,17 +130,27 @@ class Merge:
             position += size
         text = orjson.dumps(header)
         text += b" " * (-len(text) % 8)  # numbers begin at a multiple of 8, as safetensors itself has it
+        start = 8 + len(text)
         with os_errors_explained(path), path.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for name in weights:
-                on_tensor(full_name(part, name))
-                for block in self._merged(full_name(part, name)):
-                    file.write(_bytes_of(block))
+                full = full_name(part, name)
+                on_tensor(full)
+                spec = self._models[0].spec(full)
+                dtype = self._dtype(spec.dtype)
+                stop = start + spec.elements * ITEM_BYTES[dtype]
+                if output is not None:
+                    output.begin(full, TensorSpec(name, dtype, spec.shape, path, start, stop))
+                for block in self._merged(full, ingredients):
+                    file.write(bytes_of(block))
+                    if output is not None:
+                        output.take(block)
+                start = stop
             file.flush()
             sync_to_disk(file.fileno())
         return position
 
-    def _merged(self, name: str) -> Iterator[Tensor]:
+    def _merged(self, name: str, ingredients: Sequence[PassingDigests | None]) -> Iterator[Tensor]:
         """The merged tensor in blocks, in its dtype on disk."""
         import torch
 
@@ -143,8 +166,15 @@ class Merge:
         bounds = self._bounds_of(source, settings)
         generators = [seeded(self._recipe.seed, source, model) for model in range(len(self._models))]
         whole = _is_whole(self._recipe, settings)
+        passing = ingredients if source == name else ()  # the blocks of a twin are those of the other one
+        for digests, tensors in zip(passing, self._every, strict=False):
+            if digests is not None:
+                digests.begin(name, tensors.spec(name))
         keeps = self._recipe.merge_method != "linear" or settings.normalise
         for raw in self._blocks(source, whole=whole):
+            for digests, read in zip(passing, raw, strict=False):
+                if digests is not None:
+                    digests.take(read)
             if keeps and all(torch.equal(raw[0], other) for other in raw[1:]):
                 block = raw[0].to(out)  # what no model changed stays as it is, to the bit
             else:
@@ -159,7 +189,7 @@ class Merge:
                     bounds=bounds,
                     zero_sign=self._zero_sign,
                 ).to(out)
-            if not bool(torch.isfinite(block).all()):
+            if not_finite(bytes_of(block), self._dtype(spec.dtype)):
                 raise self._not_finite(source, raw, str(out))
             yield block
 
@@ -302,9 +332,3 @@ def _is_whole(recipe: MergeRecipe, settings: TensorSettings) -> bool:
     if method.is_whole:
         return not (recipe.merge_method == "model_stock" and settings.by_row)
     return method.thinning in ("random", "rank") and settings.rescale == "norm"
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    import torch
-
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -14,8 +14,8 @@ import orjson
 
 from gemb.errors import MismatchError, UnavailableError
 from gemb.model.grid_weights import GGUF_FILE, GgufWeights
-from gemb.model.identity import content_digest
-from gemb.model.weights import Weights, has_safetensors
+from gemb.model.identity import content_digest, is_remembered
+from gemb.model.weights import TensorSpec, Weights, has_safetensors
 
 __all__ = [
     "DenseSettings",
@@ -299,16 +299,14 @@ def read_folder(path: Path) -> ModelFolder:
     )
 
 
-def fingerprint(folder: ModelFolder) -> str:
+def fingerprint(folder: ModelFolder, digests: Mapping[TensorSpec, str] | None = None) -> str:
     """64 hex digits for everything the vectors of `folder` depend on; people are shown the first 12.
 
     Weights, tokenizer, modules, prompts and lengths count, by content; names, paths, sharding and the model
-    card do not. The weights are read once and the result is remembered (see gemb.model.identity).
+    card do not. The weights are read once and the result is remembered (see gemb.model.identity); tensors
+    that have a digest in `digests` are not read at all.
     Raises UnavailableError if a weight is NaN or infinite, or a file cannot be read.
     """
-    weights = [module.weights() for module in folder.modules if module.has_weights]
-    tokenizer = folder.tokenizer_folder / "tokenizer.json"
-    others = [tokenizer] if tokenizer.exists() else _tokenizer_files(folder.tokenizer_folder)
     tokenizer_config = _read_object(folder.tokenizer_folder / "tokenizer_config.json", required=False)
     settings = {
         "config": _without_noise(folder.config),
@@ -325,7 +323,19 @@ def fingerprint(folder: ModelFolder) -> str:
             if tokenizer_config.get(key) is not None
         },
     }
-    return content_digest(weights, others, settings)
+    return content_digest(*_content(folder), settings, digests)
+
+
+def is_fingerprinted(folder: ModelFolder) -> bool:
+    """Whether `fingerprint` is remembered, and need not read the weights."""
+    return is_remembered(*_content(folder))
+
+
+def _content(folder: ModelFolder) -> tuple[list[Weights], list[Path]]:
+    """What counts by its content in the identity of `folder`: all tensors, and the files of the tokenizer."""
+    tokenizer = folder.tokenizer_folder / "tokenizer.json"
+    others = [tokenizer] if tokenizer.exists() else _tokenizer_files(folder.tokenizer_folder)
+    return [module.weights() for module in folder.modules if module.has_weights], others
 
 
 # --- modules --------------------

@@ -26,7 +26,8 @@ from gemb.merging.averages import soup
 from gemb.merging.election import elected_mean
 from gemb.merging.merged import merged
 from gemb.merging.spheres import slerp
-from gemb.model.folder import read_folder
+from gemb.model.folder import fingerprint, read_folder
+from gemb.model.weights import TensorSpec
 from gemb.recipe import load
 from tests.conftest import Finished
 from tests.models import random_texts, tiny_folder
@@ -333,6 +334,41 @@ def test_the_folder_is_whole_and_sentence_transformers_gives_the_same_vectors(
     assert [len(one["fingerprint"]) for one in record["ingredients"]] == [64, 64, 64]
     assert record["recipe"]["merge_method"] == "linear"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("linear", {"dtype": "bfloat16"}),
+        ("ties", {"base_model": "base", "parameters": {"density": 0.3}}),
+        ("karcher", {}),
+    ],
+)
+def test_fingerprints_are_taken_in_passing_and_are_those_of_the_files(
+    method: str,
+    settings: dict[str, Any],
+    threads: int,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GEMB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("gemb.jobs.merge_streaming.BLOCK_ENTRIES", 640)
+    with monkeypatch.context() as patch:
+        patch.setattr("gemb.model.identity._hash_tensor", unexpected)
+        report = run(recipe(models, tmp_path / "out", merge_method=method, threads=threads, **settings))
+        assert fingerprint(read_folder(tmp_path / "out")) == report.data["fingerprint"]
+    monkeypatch.setenv("GEMB_CACHE", str(tmp_path / "other"))
+    assert fingerprint(read_folder(tmp_path / "out")) == report.data["fingerprint"]
+    named: Any = [*report.data["ingredients"], *filter(None, [report.data["base"]])]  # type: ignore[misc]
+    assert len(named) == (4 if method == "ties" else 3)
+    for one in named:
+        assert one["fingerprint"] == fingerprint(read_folder(Path(one["model"])))
+
+
+def unexpected(spec: TensorSpec) -> str:
+    raise AssertionError(f"{spec.name} of {spec.file} is read once more")
 
 
 def test_models_trained_for_a_grid_are_merged_with_a_warning(models: Path, tmp_path: Path) -> None:
@@ -686,6 +722,18 @@ def test_a_weight_that_is_not_finite_is_told_with_its_file(models: Path, altered
         run(recipe(models, altered.parent / "out", "a", str(altered)))
     assert str(caught.value) == (
         f"{altered / 'model.safetensors'} is damaged: {FROZEN} holds NaN or infinity; "
+        "download the model again, or train it anew"
+    )
+    assert not (altered.parent / "out").exists()
+
+
+def test_a_number_that_is_not_finite_is_told_by_a_method_that_drops_it(models: Path, altered: Path) -> None:
+    # TIES keeps the largest changes, and NaN is not larger than anything.
+    rewrite(altered, lambda name, tensor: torch.full_like(tensor, float("nan")) if name == FROZEN else tensor)
+    with pytest.raises(UnavailableError) as caught:
+        run(recipe(models, altered.parent / "out", "a", str(altered), merge_method="ties", base_model="base"))
+    assert str(caught.value) == (
+        f"{altered / 'model.safetensors'} is damaged: 64 of the 64 numbers of {FROZEN} are NaN or infinite; "
         "download the model again, or train it anew"
     )
     assert not (altered.parent / "out").exists()

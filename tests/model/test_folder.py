@@ -257,6 +257,49 @@ def test_a_number_that_is_not_finite_is_found_in_every_dtype(
     )
 
 
+def test_the_digest_of_some_numbers_is_what_it_was_when_indexes_were_made_with_it(tmp_path: Path) -> None:
+    save_file({"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.zeros(2, np.float16)},
+              tmp_path / "model.safetensors")  # fmt: skip
+    found = content_digest([Weights.read(tmp_path)], [], {"a": 1})
+    assert found == "4ef26f47d7ba63e7b300f18fa2cb9dd4def3fec1f045994801299e2d81edf5da"
+
+
+def test_blocks_that_pass_by_have_the_digest_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = np.random.default_rng(0).standard_normal((7, 5), np.float32)
+    save_file({"a": numbers}, tmp_path / "model.safetensors")
+    weights = Weights.read(tmp_path)
+    digest = identity.TensorDigest(weights.spec("a"))
+    for rows in (numbers[:2], numbers[2:6], numbers[6:]):
+        digest.update(memoryview(rows.tobytes()))
+    assert digest.hexdigest() == identity._hash_tensor(weights.spec("a"))
+    (tmp_path / "empty.json").write_text("{}")
+    known = {weights.spec("a"): digest.hexdigest()}
+    taken = content_digest([weights], [tmp_path / "empty.json"], {}, known)
+    monkeypatch.setenv("GEMB_CACHE", str(tmp_path / "another"))
+    assert taken == content_digest([weights], [tmp_path / "empty.json"], {})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words", "expected"),
+    [
+        ("F32", [0xFFC00000, 0x7F7FFFFF, 0xFF7FFFFF, 0x80000000], 1),
+        ("F32", [0x7F800001, 0xFF800000, 0x00000001], 2),
+        ("BF16", [0xFF81, 0x7F7F, 0xFF7F], 1),
+        ("F16", [0x7BFF, 0xFBFF, 0xFC00, 0x7E00], 2),
+        ("F64", [0xFFF0000000000000, 0x7FEFFFFFFFFFFFFF, 0xFFEFFFFFFFFFFFFF], 1),
+        ("I32", [0xFFFFFFFF], 0),
+        ("F32", [], 0),
+    ],
+)
+def test_numbers_that_are_not_finite_are_counted_by_their_bits(
+    dtype: str, words: list[int], expected: int
+) -> None:
+    width = {"F16": np.uint16, "BF16": np.uint16, "F64": np.uint64}.get(dtype, np.uint32)
+    assert identity.not_finite(memoryview(np.array(words, dtype=width).tobytes()), dtype) == expected
+
+
 def test_a_model_with_nan_has_no_fingerprint(make_folder: FolderMaker) -> None:
     path = make_folder()
     tensors = load_file(path / "2_Dense/model.safetensors")
