@@ -13,7 +13,7 @@ from gemb.errors import GembError
 from gemb.recipe import document
 from gemb.recipe.findings import problems_in
 from gemb.recipe.paths import relative_to
-from gemb.recipe.problems import Key, Place, Problem, did_you_mean, error, nearest, shown
+from gemb.recipe.problems import COMMAND_LINE, Key, Place, Problem, did_you_mean, error, nearest, shown
 from gemb.recipe.schema import Recipe, key_of
 from gemb.recipe.shipped import shipped_recipes
 
@@ -92,7 +92,7 @@ def origin(recipe: Recipe) -> Origin:
 def _read(source: str | Path | None) -> tuple[str, str, Path | None]:
     """Name, text, and the folder that relative paths start from (None: the working folder)."""
     if source is None:
-        return "command line", "", None
+        return COMMAND_LINE, "", None
     if str(source) == "-":
         return "stdin", _decoded(sys.stdin.buffer.read(), "stdin"), None
     path = Path(source)

@@ -6,6 +6,9 @@ from difflib import get_close_matches
 
 from gemb.errors import GembError
 
+COMMAND_LINE = "command line"
+"""The source of a recipe that is no file."""
+
 Key = tuple[str | int, ...]
 """The way to a value: `("data", 0, "weight")`."""
 
@@ -39,7 +42,12 @@ class Problem:
 
 
 def error(source: str, problems: Sequence[Problem]) -> GembError:
-    """The one error that tells all `problems` of `source`, in the order of its lines."""
+    """The one error that tells all `problems` of `source`, in the order of its lines.
+
+    A single option of the command line needs no heading: `--k: 0 is too small; at least 1`.
+    """
+    if len(problems) == 1 and source == COMMAND_LINE:
+        return GembError(str(problems[0]))
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     ordered = sorted(problems, key=lambda problem: problem.place.line if problem.place else 0)
     return GembError("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in ordered)]))
