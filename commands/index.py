@@ -195,6 +195,9 @@ def verify(index: IndexArgument, json: JsonOption = False, quiet: QuietOption = 
 @app.command("compact")
 def compact(
     index: IndexArgument,
+    full: Annotated[
+        bool, typer.Option("--full", help="Write every part anew that has a dead row, however few they are.")
+    ] = False,
     threads: ThreadsOption = None,
     wait_lock: WaitOption = 0.0,
     json: JsonOption = False,
@@ -204,12 +207,13 @@ def compact(
 
     Example: gemb index compact docs.gemb
 
-    Rows of documents that are gone are dropped; small parts need no graph. gemb index does this at its end.
+    The rows of documents that are gone, dead rows, are dropped where they are more than a fifth of a part;
+    small parts need no graph. gemb index does this at its end.
     """
     from gemb.jobs import index_care as job
 
     with progress(quiet=quiet, json=json) as on_progress:
-        report = job.compact(index, on_progress, threads=threads, wait_lock=wait_lock)
+        report = job.compact(index, on_progress, full=full, threads=threads, wait_lock=wait_lock)
     show(report, json=json, quiet=quiet)
 
 

@@ -20,6 +20,7 @@ from gemb.store.rebuild import rebuild as rebuild_store
 from gemb.store.upgrade import upgrade as upgrade_store
 from gemb.store.verify import verify as verify_store
 from gemb.store.where import parse
+from gemb.store.writer import DEAD_SHARE
 
 IDS_AT_ONCE = 4096
 SHOWN_IDS = 5
@@ -38,7 +39,8 @@ def verify(path: Path, on_progress: OnProgress = ignore) -> Report:
         on_progress(Event("verifying", files, unit="files"))
 
     verdict = verify_store(path, on_file)
-    size = f"{verdict.documents:,} documents, {verdict.rows:,} rows, {verdict.files:,} files, "
+    passages = "" if verdict.rows == verdict.documents else f" in {counted(verdict.rows, 'passage')}"
+    size = f"{counted(verdict.documents, 'document')}{passages}, {counted(verdict.files, 'file')}, "
     size += readable_bytes(verdict.bytes)
     faults = counted(len(verdict.faults), "fault")
     title = (
@@ -66,9 +68,17 @@ def verify(path: Path, on_progress: OnProgress = ignore) -> Report:
 
 
 def compact(
-    path: Path, on_progress: OnProgress = ignore, *, threads: int | None = None, wait_lock: float = 0.0
+    path: Path,
+    on_progress: OnProgress = ignore,
+    *,
+    full: bool = False,
+    threads: int | None = None,
+    wait_lock: float = 0.0,
 ) -> Report:
     """Merges parts of the index, drops dead rows and builds graphs where they are worth it.
+
+    A few dead rows cost a search next to nothing, and a part must be written anew to be rid of them, its
+    graph too; with `full` that is done for every part that has any.
 
     Raises Interrupted after a signal; what was merged by then stays. Other errors as `gemb index` does.
     """
@@ -77,13 +87,21 @@ def compact(
         _writer(path, on_progress, on_step, threads, wait_lock) as writer,
     ):
         before = _parts(writer)
-        writer.compact()
+        writer.compact(dead_share=0.0 if full else DEAD_SHARE)
         after = _parts(writer)
     changed = before != after
     shown = {"segments": "segments", "graphs": "with a graph", "rows": "rows in them", "dead": "dead rows"}
+    rows = [(label, _from_to(before[name], after[name])) for name, label in shown.items()]
+    if after["dead"]:
+        rows.append(
+            (
+                "note",
+                f"a part is rid of its dead rows where they are more than {DEAD_SHARE:.0%}, or by --full",
+            )
+        )
     return Report(
         title=f"{path}: compacted" if changed else f"{path}: nothing to compact",
-        rows=[(label, _from_to(before[name], after[name])) for name, label in shown.items()],
+        rows=rows,
         data={"index": str(path), "changed": changed, "before": before, "after": after},
         outputs=[path],
     )

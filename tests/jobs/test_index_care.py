@@ -65,7 +65,7 @@ def ids_of(path: Path) -> list[str]:
 def test_a_sound_index_is_told_with_its_numbers(made: Path) -> None:
     report = care.verify(made)
     assert report.exit_code == Exit.DONE
-    assert report.title.startswith(f"{made}: sound; 41 documents, 42 rows, 4 files, ")
+    assert report.title.startswith(f"{made}: sound; 41 documents in 42 passages, 4 files, ")
     assert report.data["faults"] == []
 
 
@@ -109,6 +109,19 @@ def test_compact_drops_dead_rows_and_a_second_time_does_nothing(made: Path) -> N
     assert dict(report.rows)["dead rows"] == "30 -> 0"
     assert care.compact(made).title == f"{made}: nothing to compact"
     assert len(ids_of(made)) == 11
+
+
+def test_few_dead_rows_stay_and_are_told_until_a_full_compaction(made: Path) -> None:
+    care.delete(made, ids=["d1"])
+    report = care.compact(made)
+    assert report.title == f"{made}: nothing to compact"
+    told = dict(report.rows)
+    assert told["dead rows"] == "1"
+    assert told["note"] == "a part is rid of its dead rows where they are more than 20%, or by --full"
+    report = care.compact(made, full=True)
+    told = dict(report.rows)
+    assert (told["dead rows"], "note" in told) == ("1 -> 0", False)
+    assert len(ids_of(made)) == 40
 
 
 # --- delete
