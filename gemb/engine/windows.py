@@ -26,7 +26,7 @@ from gemb.engine.cache import VectorCache
 from gemb.errors import GembError
 from gemb.text.batches import Batch, token_batches
 from gemb.text.prompts import Template
-from gemb.text.records import EMPTY_TEXT, Record, Reject
+from gemb.text.records import EMPTY_TEXT, NOT_UTF_8, Record, Reject
 from gemb.text.tokenisation import Encoded, Tokeniser
 from gemb.vectors.shards import BLOCK_RECORDS, is_mine
 
@@ -37,6 +37,8 @@ WINDOW_VECTOR_BYTES = 32 << 20  # three windows are in hand at a time
 FIRST_CHARACTERS = 16_384  # 4,000 tokens: 15 s of a 300M model on a slow core
 GROWTH = 4.0  # a window holds at most so many times what the one before it held
 PAUSE_SECONDS = 0.2  # a pipe that gives nothing for so long closes the window
+TOO_LONG = "too long"
+"""How the reason of a row that is refused for its length begins."""
 CHARACTERS_A_TOKEN = 5  # of what a text can cost at most: max_tokens times this
 
 T = TypeVar("T")
@@ -69,6 +71,17 @@ class Refusal:
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line}: {self.reason}"
+
+    def as_error(self) -> GembError:
+        """The error of a job that stops at this row, with what can be done about it."""
+        convert, option = "", "--on-error skip"
+        if self.reason == EMPTY_TEXT:
+            option = "--empty skip"
+        elif self.reason.startswith(TOO_LONG):
+            option = "--on-long skip"
+        elif self.reason.startswith(NOT_UTF_8):
+            convert = "; iconv -f latin1 -t utf-8 converts a file that is Latin-1"
+        return GembError(f"{self}{convert}; {option} leaves such rows out")
 
 
 @dataclass
@@ -263,7 +276,7 @@ class Windows:
     def _refused(self, source: str, line: int, index: int, id_: str | None, reason: str) -> Refusal:
         refusal = Refusal(source, line, index, id_, reason)
         if self._rules.stop_at_refusal:
-            raise GembError(str(refusal))
+            raise refusal.as_error()
         return refusal
 
     def _window(self, run: _Run, start: int, cache: VectorCache | None) -> Window:
@@ -334,9 +347,10 @@ class Windows:
         if self._rules.on_long in ("error", "skip"):
             for text in np.flatnonzero(encoded.lost).tolist():
                 tokens = int(encoded.lengths[text]) + int(encoded.lost[text])
-                about = "at least " if encoded.at_least[text] else ""
+                about = "about " if encoded.estimated[text] else ""
                 unfit[text] = (
-                    f"too long: {about}{tokens:,} tokens, and --max-tokens is {self._tokeniser.max_tokens:,}"
+                    f"{TOO_LONG}: {about}{tokens:,} tokens, "
+                    f"and --max-tokens is {self._tokeniser.max_tokens:,}"
                 )
         for text in np.flatnonzero(encoded.lengths == 0).tolist():
             unfit[text] = "the tokenizer finds no token in the text"

@@ -9,7 +9,7 @@ from typing import TextIO
 from gemb.errors import GembError
 from gemb.jobs.hits import write_table
 from gemb.jobs.search import Queries, Search, SearchRecipe
-from gemb.report import Event
+from gemb.report import Event, counted
 from gemb.retrieval.queries import check_query
 
 PROMPT = "search: "
@@ -45,7 +45,9 @@ def converse(
         if not recipe.lexical:
             search.load()
         documents = sum(index.state.documents for index in search.indexes)
-        screen.write(f"{', '.join(search.names)}: {documents:,} documents; :help explains, Ctrl-D ends\n")
+        screen.write(
+            f"{', '.join(search.names)}: {counted(documents, 'document')}; :help explains, Ctrl-D ends\n"
+        )
         while True:
             try:
                 _obey(search, ask(PROMPT).strip(), screen)

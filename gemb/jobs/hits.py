@@ -28,7 +28,7 @@ class Answer:
     """What was found for one query, best first.
 
     `query_id` is None for a query that has no id, `query` empty for one that is a ready vector. `indexes`
-    are the names of those that were searched, by `Found.place`. At least `lost_tokens` of the query were
+    are the names of those that were searched, by `Found.place`. About `lost_tokens` of the query were
     more than the model takes.
     """
 
@@ -108,7 +108,7 @@ def as_report(answer: Answer) -> Report:
     title = ": ".join(part for part in (_printable(answer.query_id or ""), query) if part) or "query"
     notes = []
     if answer.lost_tokens:
-        notes.append(("cut", f"at least {answer.lost_tokens:,} tokens, which the model does not take"))
+        notes.append(("cut", f"about {answer.lost_tokens:,} tokens, which the model does not take"))
     if not answer.found:
         return Report(title=f"{title}\n  no document found", rows=notes)
     columns = _columns(answer)

@@ -31,17 +31,17 @@ from gemb.engine.windows import Pace, Refusal, Rules, Window, Windows, compute, 
 from gemb.errors import GembError, Interrupted, MismatchError
 from gemb.files import Lock, check_writable
 from gemb.jobs.index_report import make_report
-from gemb.jobs.index_setup import Announce, Encoding, IndexSetup, OpenEngine, building_path
+from gemb.jobs.index_setup import Announce, Encoding, IndexSetup, OpenEngine, building_path, document_of
 from gemb.jobs.index_vectors import Rows, ready_rows
 from gemb.jobs.interrupts import Interrupts
 from gemb.jobs.running import FIRST_WINDOW_SECONDS, WINDOWS_AHEAD
 from gemb.jobs.watch import Watch
 from gemb.jobs.writing import Counts, Rejects
 from gemb.model.folder import fingerprint
-from gemb.report import Event, OnProgress, Report
+from gemb.report import Event, OnProgress, Report, counted
 from gemb.store import Document, Step, Writer
 from gemb.store.catalogue import LOCK, REPLACES
-from gemb.store.documents import Span, metadata_json
+from gemb.store.documents import Span
 from gemb.store.replacement import free_name, put_in_place, settle, settle_missing
 from gemb.text.records import EMPTY_TEXT, Record, Reject, read_records
 from gemb.vectors import bad_rows, cut
@@ -50,7 +50,6 @@ from gemb.vectors.appending import End
 COMPARED_ROWS = 1024  # records that are looked up in the index at once
 COMPARED_CHARACTERS = 4_000_000
 CALIBRATION_ROWS = 8192  # rows that the int8 ranges are found on, as in gemb embed
-_SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
 def open_torch_engine(setup: IndexSetup, encoding: Encoding, notice: Announce) -> Engine:
@@ -188,8 +187,9 @@ class Run:
         if not (self._setup.recipe.prune or self._setup.replaces):
             return
         if outcome.nameless:
+            rejected = counted(outcome.nameless, "rejected row")
             outcome.notes.append(
-                f"nothing was pruned: {outcome.nameless:,} rejected rows have no id that can be read, "
+                f"nothing was pruned: {rejected} without an id that can be read, "
                 "so that their documents would have gone too"
             )
             return
@@ -247,14 +247,14 @@ class Adding:
         if self._interrupts.exit_code is not None:
             done = self._writer.changes.added + self._writer.changes.changed
             raise Interrupted(
-                f"interrupted; {done:,} documents were added or changed in {setup.output}, "
+                f"interrupted; {counted(done, 'document')} added or changed in {setup.output}, "
                 "run the same command again to go on",
                 self._interrupts.exit_code,
             )
         if not counts.records and not self._outcome.more:
             names = [file.name for file in setup.inputs] or [str(setup.recipe.vectors)]
             raise GembError(f"{', '.join(names)}: no rows")
-        setup.limits.check(counts, str(setup.rejects_file), at_end=True)
+        setup.limits.check_at_end(counts, str(setup.rejects_file))
         if self._kept_unseen and not self._outcome.more:
             unseen = ", ".join(sorted(self._kept_unseen))
             self._outcome.notes.append(f"no row has {unseen}, which --keep names")
@@ -395,7 +395,7 @@ class Adding:
                 self._flying[records[place].index] = documents[place]
                 self._flying_ids.add(documents[place].id)
                 needed.append(place)
-            refusals += [_repeat(records[place]) for place in sorted(repeated)]
+            refusals += [repeat_of(records[place]) for place in sorted(repeated)]
             counts = self._outcome.counts
             counts.empty_skipped += empty
             counts.records += len(chunk) - len(needed) - len(refusals)
@@ -417,21 +417,13 @@ class Adding:
 
     def _document(self, record: Record, refusals: list[Refusal]) -> Document | None:
         """What the index keeps of a record; None, with a refusal, if it cannot keep it."""
-        kept = self._setup.kept_fields
-        fields = record.fields
-        if kept is not None and fields:
-            fields = {name: fields[name] for name in kept if name in fields}
-            if self._kept_unseen:
-                self._kept_unseen.difference_update(fields)
-        document = Document(record.id, record.text, record.title or "", fields)
-        if not _SCALARS.issuperset(map(type, fields.values())):
-            try:
-                metadata_json(document)
-            except GembError as error:
-                reason = f"{str(error).partition(': ')[2]}; leave the field out with --keep"
-                refusals.append(Refusal(record.source, record.line, record.index, record.id, reason))
-                return None
-        return document
+        if self._kept_unseen:
+            self._kept_unseen.difference_update(record.fields)
+        found = document_of(record, self._setup.kept_fields)
+        if isinstance(found, Refusal):
+            refusals.append(found)
+            return None
+        return found
 
     def _refuse(self, refusals: list[Refusal]) -> None:
         """Adds rejected rows; the caller has the turn. Raises GembError where the user bears no more."""
@@ -439,7 +431,7 @@ class Adding:
             return
         refusals.sort(key=lambda refusal: refusal.index)
         if self._setup.limits.stop_at_first:
-            raise GembError(str(refusals[0]))
+            raise refusals[0].as_error()
         counts = self._outcome.counts
         counts.rejected += len(refusals)
         counts.records += len(refusals)
@@ -447,7 +439,7 @@ class Adding:
         # What is in the index under the id of a row that cannot be read is no document that is gone.
         self._writer.keep([refusal.id for refusal in refusals if refusal.id is not None])
         self._rejects.add(refusals)
-        self._setup.limits.check(counts, str(self._setup.rejects_file), at_end=False)
+        self._setup.limits.check(counts, str(self._setup.rejects_file), refusals)
 
     def _put_window(self, encoding: Encoding, window: Window, cache: VectorCache | None) -> None:
         """Puts the documents of a complete window into the index, each with all its passages or not."""
@@ -533,7 +525,7 @@ class Adding:
         counts.computed_tokens += int(window.encoded.lengths[computed].sum())
         counts.truncated += int((lost > 0).sum())
         counts.lost_tokens += int(lost.sum(dtype=np.int64))
-        counts.lost_more += int(window.encoded.at_least[texts].sum())
+        counts.lost_more += int(window.encoded.estimated[texts].sum())
         counts.chunked += window.chunked
         counts.duplicates += len(window.text_of_row) - len(window.encoded.lengths)
         counts.cache_hits += len(window.known)
@@ -633,7 +625,8 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
             first = place
 
 
-def _repeat(record: Record) -> Refusal:
+def repeat_of(record: Record) -> Refusal:
+    """The refusal of a record whose id stood before."""
     return Refusal(record.source, record.line, record.index, record.id, _repeated(record.id))
 
 

@@ -65,7 +65,10 @@ def make_report(
         shown.append(("device", outcome.device_line))
         seconds = max(1e-9, counts.seconds)
         shown.append(
-            ("rate", f"{counts.rows / seconds:,.1f} rows/s, {counts.computed_tokens / seconds:,.0f} tokens/s")
+            (
+                "rate",
+                f"{counts.rows / seconds:,.1f} passages/s, {counts.computed_tokens / seconds:,.0f} tokens/s",
+            )
         )
     shown += _remarkable(setup, outcome)
     if rejects_file is not None:
@@ -90,7 +93,7 @@ def _remarkable(setup: IndexSetup, outcome: Outcome) -> list[tuple[str, str]]:
             ("divided", f"{long} into passages of at most {setup.settings.encoder['max_tokens']:,} tokens")
         )
     if counts.truncated:
-        about = "at least " if counts.lost_more else ""
+        about = "about " if counts.lost_more else ""
         shown.append(
             (
                 "cut",
@@ -103,10 +106,8 @@ def _remarkable(setup: IndexSetup, outcome: Outcome) -> list[tuple[str, str]]:
             ("repeated", f"{counted(counts.duplicates, 'text')} stood near by before, computed once")
         )
     if setup.recipe.cache is not None:
-        texts = counts.cache_hits + counts.computed_texts
-        shown.append(
-            ("cache", f"{counts.cache_hits:,} of {texts:,} texts ({counts.cache_hits / max(1, texts):.1%})")
-        )
+        hits, texts = counts.cache_hits, counts.cache_hits + counts.computed_texts
+        shown.append(("cache", f"{hits:,} of {counted(texts, 'text')} ({hits / max(1, texts):.1%})"))
     if counts.empty_skipped:
         shown.append(("empty", f"{counted(counts.empty_skipped, 'row')} left out"))
     return shown

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemb.engine.encoder import load_tokeniser
+from gemb.engine.windows import Refusal
 from gemb.errors import GembError, MismatchError, UnavailableError
 from gemb.files import read_json
 from gemb.jobs.record import record_path
@@ -16,11 +17,12 @@ from gemb.jobs.writing import Limits
 from gemb.model.folder import ModelFolder, fingerprint, read_folder
 from gemb.model.hub import DEFAULT_MODEL, find_model
 from gemb.retrieval.index_model import find_encoder, lasting_name, record_of, shown_model
-from gemb.store import Index, Settings
+from gemb.store import Document, Index, Settings
 from gemb.store.catalogue import DATABASE, UnfinishedError, is_old_layout
+from gemb.store.documents import metadata_json
 from gemb.store.writer import check_free
 from gemb.text.prompts import Prompts, Template
-from gemb.text.records import ReadOptions, check_fields, resolve_inputs
+from gemb.text.records import ReadOptions, Record, check_fields, resolve_inputs
 from gemb.text.tokenisation import Tokeniser
 from gemb.vectors import VectorFile, open_vectors
 
@@ -32,6 +34,7 @@ Announce = Callable[[str], None]
 
 CODE_DIMS = 256
 """The first stage of a Matryoshka model is its largest trained prefix of at most so many dims."""
+_SCALARS = frozenset({str, int, float, bool, type(None)})
 TEXT_FORMATS = frozenset({"text", "document", "folder"})
 """Formats without fields."""
 
@@ -188,6 +191,21 @@ def present_settings(folder: Path) -> Settings | None:
             return index.settings
     except UnfinishedError:
         return None
+
+
+def document_of(record: Record, kept: tuple[str, ...] | None) -> Document | Refusal:
+    """What the index keeps of a record, or why it cannot; `kept` are the fields to keep, None is all."""
+    fields = record.fields
+    if kept is not None and fields:
+        fields = {name: fields[name] for name in kept if name in fields}
+    document = Document(record.id, record.text, record.title or "", fields)
+    if not _SCALARS.issuperset(map(type, fields.values())):
+        try:
+            metadata_json(document)
+        except GembError as error:
+            reason = f"{str(error).partition(': ')[2]}; leave the field out with --keep"
+            return Refusal(record.source, record.line, record.index, record.id, reason)
+    return document
 
 
 def kept_fields(keep: str) -> tuple[str, ...] | None:

@@ -81,11 +81,12 @@ def join(recipe: EmbedRecipe, watch: Watch, *, overwrite: bool) -> Report:
         }
         data |= {name: sum(record["report"][name] for record in records) for name in SUMMED}
         data["files"] = [str(file.path) for file in files]
+        rejected = counted(data["rejected"], "row")
         report = Report(
-            title=f"joined {len(parts)} shards: {counted(rows, 'row')} in {output}",
+            title=f"joined {counted(len(parts), 'shard')}: {counted(rows, 'row')} in {output}",
             rows=[
                 ("files", "\n".join(f"{file.path} ({readable_bytes(file.bytes)})" for file in files)),
-                *([("rejected", f"{data['rejected']:,} rows; see {', '.join(rejects)}")] if rejects else []),
+                *([("rejected", f"{rejected}; see {', '.join(rejects)}")] if rejects else []),
                 ("shards", "they are left where they are, and may be removed"),
             ],
             data=data,

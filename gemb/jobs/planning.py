@@ -71,7 +71,7 @@ def make_plan(setup: Setup, open_engine: OpenEngine) -> Plan:
         ("device", engine.device_line),
     ]
     if refused:
-        reasons = f"{refused:,} rows cannot be read; see --on-error\nthe first is {first_refused}"
+        reasons = f"{counted(refused, 'row')} cannot be read; see --on-error\nthe first is {first_refused}"
         shown.insert(2, ("refused", reasons))
     if sample:
         shown += [

@@ -67,10 +67,10 @@ def make_report(
         *([("device", device_line)] if device_line else []),  # none if all was computed by earlier runs
         (
             "rate",
-            f"{rows_per_second:,.1f} rows/s, {tokens_per_second:,.0f} tokens/s; "
-            f"{writing_share:.1%} of the time in writing",
+            f"{rows_per_second:,.1f} {'passages' if _makes_passages(setup) else 'rows'}/s, "
+            f"{tokens_per_second:,.0f} tokens/s; {writing_share:.1%} of the time in writing",
         ),
-        ("tokens", f"{counts.tokens:,}"),
+        ("tokens", _shown_tokens(counts)),
         *_remarkable(setup, counts, before),
     ]
     if counts.rejected:
@@ -98,24 +98,23 @@ def _remarkable(setup: Setup, counts: Counts, before: Counts) -> list[tuple[str,
         shown.append(("resumed", f"after {counted(before.rows, 'row')} of earlier runs"))
     if counts.truncated:
         share = counts.truncated / max(1, counts.rows)
-        about = "at least " if counts.lost_more else ""
+        were = "was" if counts.truncated == 1 else "were"
+        about = "about " if counts.lost_more else ""
         shown.append(
             (
                 "cut",
-                f"{counts.truncated:,} rows ({share:.1%}) were longer than {setup.tokeniser.max_tokens:,} "
-                f"tokens and lost {about}{counts.lost_tokens:,}{ON_LONG_HINT}",
+                f"{counted(counts.truncated, 'row')} ({share:.1%}) {were} longer than "
+                f"{setup.tokeniser.max_tokens:,} tokens and lost {about}{counts.lost_tokens:,}{ON_LONG_HINT}",
             )
         )
     if counts.chunked:
-        shown.append(("chunked", f"{counts.chunked:,} long texts became several rows"))
+        shown.append(("chunked", f"{counted(counts.chunked, 'long text')} became several passages"))
     if counts.duplicates:
         repeats = counted(counts.duplicates, "text")
         shown.append(("repeated", f"{repeats} stood near by before, computed once"))
     if setup.recipe.cache is not None:
-        texts = counts.cache_hits + counts.computed_texts
-        shown.append(
-            ("cache", f"{counts.cache_hits:,} of {texts:,} texts ({counts.cache_hits / max(1, texts):.1%})")
-        )
+        hits, texts = counts.cache_hits, counts.cache_hits + counts.computed_texts
+        shown.append(("cache", f"{hits:,} of {counted(texts, 'text')} ({hits / max(1, texts):.1%})"))
     if counts.empty_skipped:
         shown.append(("empty", f"{counted(counts.empty_skipped, 'row')} left out"))
     if counts.long_skipped:
@@ -124,14 +123,28 @@ def _remarkable(setup: Setup, counts: Counts, before: Counts) -> list[tuple[str,
 
 
 def _title(setup: Setup, counts: Counts, more: bool) -> str:
+    done = counted(counts.rows, "row")
+    if _makes_passages(setup):
+        done = f"{counted(counts.rows, 'passage')} of {counted(counts.records, 'row')}"
     if not more:
         where = "stdout" if setup.is_stream else str(setup.output)
-        return f"embedded {counted(counts.rows, 'row')} to {where} in {duration_of(counts.seconds)}"
+        return f"embedded {done} to {where} in {duration_of(counts.seconds)}"
     if setup.is_stream:
-        return f"stopped by a limit after {counted(counts.rows, 'row')}; more remain"
+        return f"stopped by a limit after {done}; more remain"
     if setup.reads_pipe:
-        return f"stopped by a limit after {counted(counts.rows, 'row')}; the rest of the pipe is not kept"
-    return f"stopped by a limit after {counted(counts.rows, 'row')}; run the same command again to go on"
+        return f"stopped by a limit after {done}; the rest of the pipe is not kept"
+    return f"stopped by a limit after {done}; run the same command again to go on"
+
+
+def _makes_passages(setup: Setup) -> bool:
+    """Whether what is written are passages, of which a row of the input may have several."""
+    return setup.recipe.on_long == "chunk"
+
+
+def _shown_tokens(counts: Counts) -> str:
+    """The tokens of all that was written, and how many of them cost work."""
+    written, computed = counts.tokens, counts.computed_tokens
+    return f"{written:,}" if computed >= written else f"{written:,}, of which {computed:,} were computed"
 
 
 def shown_model(setup: Setup) -> str:
@@ -141,8 +154,9 @@ def shown_model(setup: Setup) -> str:
 
 
 def shown_prompt(template: Template) -> str:
-    """A prompt for people: its name and text."""
-    return f"{template.name}: {template.prefix!r}" if template.prefix else f"{template.name} (no text)"
+    """A prompt for people: its name and text, and that a query has no title."""
+    shown = f"{template.name}: {template.prefix!r}" if template.prefix else f"{template.name} (no text)"
+    return shown if template.uses_titles else f"{shown}; titles are not embedded"
 
 
 def duration_of(seconds: float) -> str:

@@ -396,7 +396,7 @@ class Run:
         )
         place = f"; see {self._setup.rejects_file}" if counts.rejected else ""
         return GembError(
-            f"{self._names()}: none of the {counts.records:,} rows can be embedded ({why}){place}"
+            f"{self._names()}: of {counted(counts.records, 'row')} none can be embedded ({why}){place}"
         )
 
     def _other_precision(self, before: str, engine: Engine) -> MismatchError:
@@ -407,7 +407,7 @@ class Run:
         )
 
     def _limits_at_end(self, counts: Counts, place: str) -> None:
-        self._setup.limits.check(counts, place, at_end=True)
+        self._setup.limits.check_at_end(counts, place)
 
     def _report(
         self,

@@ -22,7 +22,7 @@ from pydantic import Field
 from gemb.errors import Exit, GembError
 from gemb.jobs.hits import WRITERS, Answer
 from gemb.recipe import InferenceRecipe, RecipeInput, RecipePath
-from gemb.report import Event, OnProgress, Report, ignore
+from gemb.report import Event, OnProgress, Report, counted, ignore
 from gemb.retrieval.index import like, open_stored, ranking_of
 from gemb.retrieval.queries import QueryEncoder, check_query, check_shared
 from gemb.retrieval.several import Found, Wanted, parse_where, search_all
@@ -265,11 +265,10 @@ def run(
     if empty:
         rows.append(("without a hit", _named(empty)))
     if cut:
-        rows.append(
-            ("cut", f"{_queries_of(cut)} lost at least {lost_tokens:,} tokens, which the model does not take")
-        )
+        those = counted(cut, "query", "queries")
+        rows.append(("cut", f"{those} lost about {lost_tokens:,} tokens, which the model does not take"))
     return Report(
-        title=f"answered {_queries_of(count)} in {seconds:.1f} s",
+        title=f"answered {counted(count, 'query', 'queries')} in {seconds:.1f} s",
         rows=rows,
         data={
             "indexes": search.names,
@@ -378,10 +377,6 @@ def _check(recipe: SearchRecipe) -> None:
 def _check_one(recipe: SearchRecipe) -> None:
     if len(recipe.indexes) > 1:
         raise GembError("like looks for the neighbours of a document in its own index; name one index")
-
-
-def _queries_of(count: int) -> str:
-    return f"{count:,} {'query' if count == 1 else 'queries'}"
 
 
 def _named(queries: Sequence[str]) -> str:

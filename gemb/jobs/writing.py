@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import Full, Queue
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import orjson
@@ -27,6 +27,7 @@ from gemb.errors import GembError
 from gemb.files import Journal, os_errors_explained
 from gemb.jobs.calibration import RowSink
 from gemb.jobs.seen import SeenIds
+from gemb.report import counted
 from gemb.vectors.appending import AppendFile, End
 from gemb.vectors.checks import bad_rows, cut
 from gemb.vectors.shards import BLOCK_RECORDS
@@ -52,7 +53,7 @@ class Counts:
     lost_tokens: int = 0
     """Tokens that were cut away."""
     lost_more: int = 0
-    """Rows so long that only their beginning was tokenised: `lost_tokens` is then a lower bound."""
+    """Rows so long that only their beginning was tokenised: what they lost is then an estimate."""
     chunked: int = 0
     """Records that became several rows."""
     rejected: int = 0
@@ -120,16 +121,31 @@ class Limits:
     text: str = ""
     """As the user wrote it."""
 
-    def check(self, counts: Counts, place: str, *, at_end: bool) -> None:
-        """Raises GembError when more rows were rejected than the user bears."""
-        too_many = self.count is not None and counts.rejected > self.count
-        if self.share is not None and (at_end or counts.records >= MANY_RECORDS):
-            too_many = counts.rejected > self.share * counts.records
-        if too_many:
-            raise GembError(
-                f"{counts.rejected:,} of {counts.records:,} rows were rejected, more than "
-                f"--max-rejects {self.text} allows; see {place}, mend them or allow more"
-            )
+    def check(self, counts: Counts, place: str, newest: Sequence[Refusal]) -> None:
+        """Raises GembError when more rows were rejected than the user bears.
+
+        `counts` ends with the rejects in `newest`, in input order. The row that was one too many is named,
+        not how many there are by now: that depends on how much is read at a time.
+        """
+        if self.count is not None and counts.rejected > self.count:
+            first = newest[max(0, self.count - (counts.rejected - len(newest)))] if newest else None
+            at = f", the last at {first.source}:{first.line}" if first else ""
+            self._refuse(f"more than {counted(self.count, 'row')} were rejected{at}", place)
+        if self.share is not None and counts.records >= MANY_RECORDS:
+            self._check_share(counts, place)
+
+    def check_at_end(self, counts: Counts, place: str) -> None:
+        """As `check`, when all rows are read."""
+        self.check(counts, place, ())
+        if self.share is not None:
+            self._check_share(counts, place)
+
+    def _check_share(self, counts: Counts, place: str) -> None:
+        if self.share is not None and counts.rejected > self.share * counts.records:
+            self._refuse(f"{counts.rejected:,} of {counted(counts.records, 'row')} were rejected", place)
+
+    def _refuse(self, what: str, place: str) -> NoReturn:
+        raise GembError(f"{what}, and --max-rejects is {self.text}; see {place}, mend them or allow more")
 
 
 class Rejects:
@@ -276,7 +292,7 @@ class Writer:
         seen = self._check_ids(window, keep, refusals)
         refusals.sort(key=lambda refusal: refusal.index)
         if refusals and self._limits.stop_at_first:
-            raise GembError(str(refusals[0]))
+            raise refusals[0].as_error()
         counts = self._counted(window, keep, len(refusals))
         ids = [id_ for id_, kept in zip(window.ids, keep.tolist(), strict=True) if kept]
         self._to.sink.append(ids, vectors[window.text_of_row[keep]])
@@ -308,7 +324,7 @@ class Writer:
                 entry["blocks"] = sorted(blocks.items())
             self._to.journal.append(entry)
         self.state = state
-        self._limits.check(counts, str(self._to.rejects.path or "above"), at_end=False)
+        self._limits.check(counts, str(self._to.rejects.path or "above"), refusals)
         self._on_written(counts)
 
     def _check_ids(
@@ -351,7 +367,7 @@ class Writer:
         counts.computed_tokens += int(window.encoded.lengths[computed].sum())
         counts.truncated += int((lost > 0).sum())
         counts.lost_tokens += int(lost.sum(dtype=np.int64))
-        counts.lost_more += int(window.encoded.at_least[texts].sum())
+        counts.lost_more += int(window.encoded.estimated[texts].sum())
         counts.chunked += window.chunked
         counts.rejected += rejected
         counts.empty_skipped += window.empty_skipped

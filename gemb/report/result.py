@@ -64,9 +64,9 @@ class Report:
     exit_code: Exit = Exit.DONE
 
 
-def counted(count: int, noun: str) -> str:
-    """`1 row`, `2,000 rows`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """`1 row`, `2,000 rows`; `plural` where it is not the noun with an s: `2 queries`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {plural or noun + 's'}"
 
 
 def show(

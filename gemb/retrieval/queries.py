@@ -73,7 +73,7 @@ class QueryEncoder:
             return encoder.embed(texts, as_=as_ or query_prompt(self._record), dims=self._dims)
 
     def lost_tokens(self, texts: Sequence[str], *, as_: str | None = None) -> list[int]:
-        """How many tokens of each text, at least, `embed` cuts away because the model takes no more.
+        """About how many tokens of each text `embed` cuts away because the model takes no more.
 
         Costs nothing for texts that have, with their prompt, fewer bytes than the model takes tokens.
         """

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,9 @@ from gemb.errors import GembError, MismatchError, UnavailableError
 from gemb.store import catalogue as catalogues
 from gemb.store.blocks import MissingFileError
 from gemb.store.candidates import LiveSegment, Queries
-from gemb.store.catalogue import Catalogue, Settings, State, advice
+from gemb.store.catalogue import Catalogue, Known, Settings, State, advice
 from gemb.store.conditions import Condition
-from gemb.store.documents import Document, Hit, Span
+from gemb.store.documents import Document, Hit, Span, content_hash, metadata_json
 from gemb.store.field_types import FieldType
 from gemb.store.fusion import fuse
 from gemb.store.segments import Segment, spread
@@ -63,6 +63,10 @@ class Exported:
     spans: list[tuple[Span, ...] | None]
     counts: list[int]
     vectors: NDArray[np.float32]
+
+
+Difference = Literal["new", "text", "metadata", "none"]
+"""Of a document and what is indexed under its id; `new` and `text` need vectors."""
 
 
 @dataclass(slots=True)
@@ -227,6 +231,17 @@ class Index:
         with self._looking():
             found = self._catalogue.documents(int(key) for key in np.unique(keys) if key)
         return {key: stored.document for key, stored in found.items()}
+
+    def has(self, ids: Sequence[str]) -> set[str]:
+        """Those of the ids that are there."""
+        with self._looking():
+            return set(self._catalogue.known(ids))
+
+    def compare(self, documents: Sequence[Document]) -> list[Difference]:
+        """What `Writer.compare` would find of each document; nothing is changed. The ids are unique."""
+        with self._looking():
+            known = self._catalogue.known([document.id for document in documents])
+        return [_difference(known.get(document.id), document) for document in documents]
 
     def get(self, ids: Sequence[str]) -> dict[str, Document]:
         """The documents with these ids, as far as they are there."""
@@ -611,6 +626,14 @@ def _vectors_of(
 
 def _model_of(settings: Settings) -> object:
     return settings.encoder.get("fingerprint")
+
+
+def _difference(known: Known | None, document: Document) -> Difference:
+    if known is None:
+        return "new"
+    if known.content != content_hash(document):
+        return "text"
+    return "none" if known.metadata == metadata_json(document) else "metadata"
 
 
 def _to_width(array: NDArray[Any], width: int) -> NDArray[Any]:

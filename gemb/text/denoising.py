@@ -109,14 +109,6 @@ def take_out(row: Ids, mask: NDArray[np.bool_], sentinels: Ids) -> tuple[Ids, Id
     return marked[~mask | starts], np.insert(row[mask], places, sentinels[:spans])
 
 
-def put_back(source: Ids, target: Ids, sentinels: Ids) -> Ids:
-    """The row that `take_out` gave (source, target) of."""
-    places = np.flatnonzero(np.isin(target, sentinels))
-    spans = dict(zip(target[places].tolist(), np.split(target, places)[1:], strict=True))
-    parts = [spans[token][1:] if token in spans else [token] for token in source.tolist()]
-    return np.concatenate(parts).astype(np.int32)
-
-
 def denoising_row(
     body: Ids, denoiser: Denoiser, sentinels: Ids, frame: Frame, generator: np.random.Generator
 ) -> Row:

@@ -281,7 +281,10 @@ def _check_head(name: str, form: Format, head: bytes) -> None:
 
 def _why_not(name: str, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
-        return f"{name}: no such file or folder"
+        # dtype=f16: what follows a recipe file on the command line.
+        is_setting = name.partition("=")[0].replace(".", "_").isidentifier() and "=" in name
+        hint = f"; if it is a key of the recipe and its value, pass --set {name}" if is_setting else ""
+        return f"{name}: no such file or folder{hint}"
     if isinstance(error, PermissionError):
         return f"{name}: no permission to read it"
     return f"{name}: cannot be read: {error.strerror or error}"

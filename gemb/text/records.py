@@ -40,6 +40,7 @@ QUERY_TEXT_FIELDS = ("query", *TEXT_FIELDS)
 """Of files of queries, where these names say more than the others."""
 
 EMPTY_TEXT = "empty text"
+NOT_UTF_8 = "not UTF-8"
 """The reason of a row whose text is empty or white space only."""
 
 _PARQUET_ROWS = 1024  # rows decoded at a time; a page of a column is read as a whole anyway
@@ -372,7 +373,7 @@ def _broken_json(raw: bytes, error: orjson.JSONDecodeError) -> str:
 
 
 def _not_utf_8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8: byte 0x{error.object[error.start]:02x} at byte {error.start} of the row"
+    return f"{NOT_UTF_8}: byte 0x{error.object[error.start]:02x} at byte {error.start} of the row"
 
 
 def _read_text(rows: _Rows, stream: io.BufferedReader) -> Iterator[Record | Reject]:

@@ -81,8 +81,8 @@ class Encoded:
     """[B], tokens of each; their sum is T. 0 is possible for a tokeniser without special tokens."""
     lost: NDArray[np.int32]
     """[B], tokens that were cut away; 0 is a whole text."""
-    at_least: NDArray[np.bool_]
-    """[B], True where only the beginning of a very long text was tokenised: `lost` is a lower bound."""
+    estimated: NDArray[np.bool_]
+    """[B], True where only the beginning of a very long text was tokenised: `lost` is reckoned from it."""
     prompt_tokens: int
     """How many leading tokens of every text are the prompt and stay out of the pooling; usually 0."""
 
@@ -97,7 +97,7 @@ class Encoded:
             ids=self.ids[source],
             lengths=lengths,
             lost=self.lost[rows],
-            at_least=self.at_least[rows],
+            estimated=self.estimated[rows],
         )
 
 
@@ -239,16 +239,16 @@ class Tokeniser:
         parts: list[NDArray[np.int32]] = []
         lengths = np.empty(len(texts), np.int32)
         lost = np.zeros(len(texts), np.int32)
-        at_least = np.zeros(len(texts), np.bool_)
+        estimated = np.zeros(len(texts), np.bool_)
         try:
             for first, last in _slices(texts):
-                rows = self._encode_slice(texts[first:last], first, lost, at_least)
+                rows = self._encode_slice(texts[first:last], first, lost, estimated)
                 lengths[first:last] = [len(ids) for ids in rows]
                 parts.append(np.fromiter(chain.from_iterable(rows), np.int32, int(lengths[first:last].sum())))
         except TypeError as error:
             raise _refused(texts, error) from error
         ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
-        return Encoded(ids, lengths, lost, at_least, prompt_tokens)
+        return Encoded(ids, lengths, lost, estimated, prompt_tokens)
 
     def split(self, text: str, render: Callable[[str], str] | None = None) -> list[str]:
         """The texts of `passages`."""
@@ -299,9 +299,9 @@ class Tokeniser:
         return 0
 
     def _encode_slice(
-        self, texts: Sequence[str], offset: int, lost: NDArray[np.int32], at_least: NDArray[np.bool_]
+        self, texts: Sequence[str], offset: int, lost: NDArray[np.int32], estimated: NDArray[np.bool_]
     ) -> list[list[int]]:
-        """The ids of each text, cut; fills `lost` and `at_least` from `offset` on."""
+        """The ids of each text, cut; fills `lost` and `estimated` from `offset` on."""
         limit = self.max_tokens * _CHARACTERS_PER_TOKEN + _SPARE_CHARACTERS
         pieces = list(texts)
         long = (
@@ -311,15 +311,17 @@ class Tokeniser:
             pieces[row] = ""
         rows = [encoding.ids for encoding in self._backend.encode_batch_fast(pieces)]
         for row in long:
-            rows[row], at_least[offset + row] = self._encode_beginning(texts[row], limit)
-            lost[offset + row] = at_least[offset + row]  # raised below by what is cut off
+            rows[row], unread = self._encode_beginning(texts[row], limit)
+            lost[offset + row] = unread  # raised below by what is cut off
+            estimated[offset + row] = unread > 0
         if self._table_rows is not None:
             for row, ids in enumerate(rows):
                 if ids and max(ids) >= self._table_rows:
                     rows[row] = self._encode_plainly(texts[row], self._table_rows)
+                    lost[offset + row] = estimated[offset + row] = 0  # this is the whole text
         for row, ids in enumerate(rows):
             if len(ids) > self.max_tokens:
-                lost[offset + row] = len(ids) - self.max_tokens
+                lost[offset + row] += len(ids) - self.max_tokens
                 rows[row] = self._cut(ids)
         return rows
 
@@ -344,15 +346,19 @@ class Tokeniser:
             )
         return ids
 
-    def _encode_beginning(self, text: str, limit: int) -> tuple[list[int], bool]:
-        """The ids of a long enough beginning of `text`, and True if that is not the whole text."""
+    def _encode_beginning(self, text: str, limit: int) -> tuple[list[int], int]:
+        """The ids of a long enough beginning of `text`, and about how many tokens the rest has.
+
+        The rest is taken to have as many tokens a character as the beginning, and one at least; 0 is no rest.
+        """
         wanted = self.max_tokens - self.special_tokens
         while limit < len(text):
             encoding = self._backend.encode(text[:limit], add_special_tokens=False)
             if limit >= _MOST_CHARACTERS or self._settled(encoding, wanted, limit):
-                return self._before + encoding.ids + self._after, True
+                unread = round((len(text) - limit) * len(encoding.ids) / limit)
+                return self._before + encoding.ids + self._after, max(1, unread)
             limit = min(limit * 4, max(limit, _MOST_CHARACTERS))
-        return self._backend.encode(text).ids, False
+        return self._backend.encode(text).ids, 0
 
     def _settled(self, encoding: Encoding, wanted: int, characters: int) -> bool:
         """True if the first `wanted` ids cannot change when more text follows the `characters` encoded ones.

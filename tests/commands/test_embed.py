@@ -75,6 +75,12 @@ def test_a_recipe_file_may_stand_in_place_of_the_inputs(gemb: Gemb, model: Path)
     assert np.load("docs.npy").shape == (2, 1)
 
 
+def test_rows_on_stdout_are_not_mixed_with_the_report(gemb: Gemb, model: Path) -> None:
+    done = gemb("embed", "docs.jsonl", "-o", "-", "-m", model, "--json")
+    assert [sorted(json.loads(line)) for line in done.out.splitlines()] == [["embedding", "id"]] * 2
+    assert json.loads(done.err)["rows"] == 2
+
+
 def test_words_are_told_apart() -> None:
     assert split_words(["a.jsonl", "b=c.jsonl"], None) == (None, [], ["a.jsonl", "b=c.jsonl"])
     assert split_words(["r.yaml", "dims=8"], None) == ("r.yaml", ["dims=8"], [])
@@ -99,13 +105,14 @@ def test_a_bad_row_is_one_message_and_exit_code_2(gemb: Gemb, model: Path) -> No
     Path("bad.jsonl").write_text('{"id": "a", "body_": "w1"}\n')
     done = gemb("embed", "bad.jsonl", "-o", "docs.npy", "-m", model)
     assert (done.code, done.out) == (2, "")
-    assert done.err == 'gemb: bad.jsonl:1: no "text"; this line has id, body_\n'
+    assert done.err == (
+        'gemb: bad.jsonl:1: no "text"; this line has id, body_; --on-error skip leaves such rows out\n'
+    )
 
 
 def test_float16_computation_is_refused(gemb: Gemb, model: Path) -> None:
     done = gemb("embed", "docs.jsonl", "-o", "docs.npy", "-m", model, "--precision", "fp16")
     assert done.code == 2
     assert done.err == (
-        "gemb: command line: 1 problem\n  --precision: 'fp16' is refused: float16 gives NaN in Gemma models; "
-        "use bf16 or fp32\n"
+        "gemb: --precision: 'fp16' is refused: float16 gives NaN in Gemma models; use bf16 or fp32\n"
     )

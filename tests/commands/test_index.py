@@ -238,7 +238,7 @@ def test_a_vector_that_is_none_is_named_by_file_and_row(
     np.save(place / "v.npy", vectors)
     assert refused(gemb, "--vectors", "v.npy", "-o", "docs.gemb") == (
         2,
-        f"v.npy:2: its vector has {what}; it would ruin every ranking",
+        f"v.npy:2: its vector has {what}; it would ruin every ranking; --on-error skip leaves such rows out",
     )
 
 
@@ -246,7 +246,8 @@ def test_a_repeated_id_is_named_by_file_and_row(place: Path, gemb: Gemb) -> None
     (place / "v.ids.txt").write_text("a\nb\na\n", "utf-8")
     assert refused(gemb, "--vectors", "v.npy", "-o", "docs.gemb") == (
         2,
-        "v.npy:3: the id 'a' stands already in the input; ids are unique",
+        "v.npy:3: the id 'a' stands already in the input; ids are unique; "
+        "--on-error skip leaves such rows out",
     )
 
 

@@ -181,7 +181,7 @@ def test_an_interrupted_run_says_what_is_done_and_the_same_command_goes_on(place
     assert (process.returncode, out) == (130, b"")
     message = err.decode().splitlines()[-1]
     done = re.fullmatch(
-        r"gemb: interrupted; ([0-9,]+) documents were added or changed in docs\.gemb, "
+        r"gemb: interrupted; ([0-9,]+) documents added or changed in docs\.gemb, "
         "run the same command again to go on",
         message,
     )

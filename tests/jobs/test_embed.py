@@ -211,8 +211,9 @@ def test_a_title_and_the_prompt_of_the_model_go_in_front_of_the_text(bench: Benc
     np.testing.assert_array_equal(vectors_of(bench.place / "docs.npy"), [expected(8, 9, 1, 2)])
     assert dict(report.rows)["prompt"] == "document: 'w8 w9 '"
     assert report.data["prompt"] == {"name": "document", "text": "w8 w9 "}
-    bench.run(source, "q.npy", as_="query")
+    report = bench.run(source, "q.npy", as_="query")
     np.testing.assert_array_equal(vectors_of(bench.place / "q.npy"), [expected(7, 2)])
+    assert dict(report.rows)["prompt"] == "query: 'w7 '; titles are not embedded"
     bench.run(source, "n.npy", as_="none")
     np.testing.assert_array_equal(vectors_of(bench.place / "n.npy"), [expected(1, 2)])
 
@@ -273,6 +274,7 @@ def test_int8_ranges_come_from_the_first_rows_whatever_the_windows_and_interrupt
 # --- long, empty and refused rows ------------------------------------------------------------------------
 
 
+OR_SKIP = "; --on-error skip leaves such rows out"
 LONG = words(*range(30))  # the model of these tests takes 16 tokens, 2 of them special
 
 
@@ -281,24 +283,41 @@ def test_long_texts_are_cut_and_counted(bench: Bench) -> None:
     np.testing.assert_array_equal(vectors_of(bench.place / "docs.npy"), [expected(1), expected(*range(14))])
     assert report.exit_code == Exit.DONE
     assert (report.data["truncated"], report.data["lost_tokens"]) == (1, 16)
-    assert dict(report.rows)["cut"] == (
-        "1 rows (50.0%) were longer than 16 tokens and lost 16; see --on-long"
-    )
+    assert dict(report.rows)["cut"] == ("1 row (50.0%) was longer than 16 tokens and lost 16; see --on-long")
 
 
-def test_of_a_huge_text_the_lost_tokens_are_a_lower_bound_and_called_so(bench: Bench) -> None:
+def test_of_a_huge_text_the_lost_tokens_are_an_estimate_and_called_so(bench: Bench) -> None:
     report = bench.run(bench.write([{"id": "a", "text": " ".join([LONG] * 1000)}, {"id": "b", "text": "w1"}]))
     assert (report.data["truncated"], report.data["lost_more"]) == (1, 1)
+    assert report.data["lost_tokens"] == pytest.approx(30_000, rel=0.01)
     assert dict(report.rows)["cut"] == (
-        "1 rows (50.0%) were longer than 16 tokens and lost at least "
+        "1 row (50.0%) was longer than 16 tokens and lost about "
         f"{report.data['lost_tokens']:,}; see --on-long"
     )
+
+
+def test_a_limit_of_rows_counts_rows_of_the_input_and_not_passages(bench: Bench) -> None:
+    source = bench.write([{"id": "a", "text": LONG}, {"id": "b", "text": "w1"}])
+    report = bench.run(source, on_long="chunk", limit_rows=1)
+    assert report.title == (
+        "stopped by a limit after 3 passages of 1 row; run the same command again to go on"
+    )
+
+
+def test_tokens_that_were_not_computed_are_told_apart(bench: Bench) -> None:
+    told = dict(bench.run(bench.write([{"id": id_, "text": "w1 w2"} for id_ in "abc"])).rows)
+    assert told["tokens"] == "12, of which 4 were computed"
+    assert dict(bench.run(bench.write([{"id": "a", "text": "w1 w2"}]), "one.npy").rows)["tokens"] == "4"
 
 
 def test_long_texts_become_a_row_a_passage(bench: Bench) -> None:
     report = bench.run(bench.write([{"id": "a", "text": "w1"}, {"id": "b", "text": LONG}]), on_long="chunk")
     assert ids_of(bench.place / "docs.npy") == ["a#0", "b#0", "b#1", "b#2"]
     assert (report.data["records"], report.data["rows"], report.data["chunked"]) == (2, 4, 1)
+    assert report.title.startswith(f"embedded 4 passages of 2 rows to {bench.place / 'docs.npy'} in ")
+    told = dict(report.rows)
+    assert " passages/s, " in told["rate"]
+    assert told["chunked"] == "1 long text became several passages"
     assert report.data["truncated"] == 0
     np.testing.assert_array_equal(vectors_of(bench.place / "docs.npy")[1], expected(*range(14)))
 
@@ -314,7 +333,9 @@ def test_a_long_text_is_an_error_when_asked(bench: Bench) -> None:
     source = bench.write([{"id": "a", "text": "w1"}, {"id": "b", "text": LONG}])
     with pytest.raises(GembError) as caught:
         bench.run(source, on_long="error")
-    assert str(caught.value) == f"{source}:2: too long: 32 tokens, and --max-tokens is 16"
+    assert str(caught.value) == (
+        f"{source}:2: too long: 32 tokens, and --max-tokens is 16; --on-long skip leaves such rows out"
+    )
     assert caught.value.exit_code == Exit.USAGE
 
 
@@ -355,7 +376,7 @@ def test_a_row_that_the_model_cannot_compute_is_refused_with_its_line(bench: Ben
     source = bench.write([{"id": str(row), "text": words(row)} for row in range(20)])
     with pytest.raises(GembError) as caught:
         bench.run(source)
-    assert str(caught.value) == f"{source}:14: cannot be computed: no such token"
+    assert str(caught.value) == f"{source}:14: cannot be computed: no such token{OR_SKIP}"
     report = bench.run(source, on_error="skip")
     assert report.data["rejected"] == 2
     assert ids_of(bench.place / "docs.npy") == [str(row) for row in range(20) if row not in (13, 14)]
@@ -386,7 +407,7 @@ def test_a_repeated_id_names_both_places(bench: Bench) -> None:
     source = bench.write(rows)
     with pytest.raises(GembError) as caught:
         bench.run(source)
-    assert str(caught.value) == f"{source}:71: id 'd3' stands already at {source}:4"
+    assert str(caught.value) == f"{source}:71: id 'd3' stands already at {source}:4{OR_SKIP}"
     report = bench.run(source, on_error="skip")
     assert (report.data["rows"], report.data["rejected"]) == (70, 1)
 
@@ -394,7 +415,7 @@ def test_a_repeated_id_names_both_places(bench: Bench) -> None:
 def test_a_repeated_id_is_found_across_a_resume(bench: Bench) -> None:
     source = bench.write([*rows_of(50), {"id": "d3", "text": "w5"}])
     assert bench.run(source, limit_rows=40).exit_code == Exit.MORE
-    with pytest.raises(GembError, match=rf"^{source}:51: id 'd3' stands already at {source}:4$"):
+    with pytest.raises(GembError, match=rf"^{source}:51: id 'd3' stands already at {source}:4{OR_SKIP}$"):
         bench.run(source)
 
 
@@ -402,7 +423,7 @@ def test_a_lost_table_of_ids_is_made_again(bench: Bench) -> None:
     source = bench.write([*rows_of(50), {"id": "d3", "text": "w5"}])
     assert bench.run(source, limit_rows=40).exit_code == Exit.MORE
     (bench.place / "docs.npy.partial/seen.sqlite").unlink()
-    with pytest.raises(GembError, match=rf"^{source}:51: id 'd3' stands already at {source}:4$"):
+    with pytest.raises(GembError, match=rf"^{source}:51: id 'd3' stands already at {source}:4{OR_SKIP}$"):
         bench.run(source)
     assert any("table of ids is made again" in event.note for event in bench.events)
 
@@ -425,7 +446,7 @@ def test_no_passage_of_a_document_whose_id_stood_before_is_written(bench: Bench)
 def test_an_id_that_cannot_stand_on_a_line_is_a_refused_row(bench: Bench) -> None:
     source = bench.write([{"id": "a", "text": "w1"}, {"id": "b\nc", "text": "w2"}, {"id": "d", "text": "w3"}])
     reason = r"id 'b\\nc' holds a line break, but \.ids\.txt has one id a line; write \.jsonl or \.parquet"
-    with pytest.raises(GembError, match=rf"^{source}:2: {reason}$"):
+    with pytest.raises(GembError, match=rf"^{source}:2: {reason}{OR_SKIP}$"):
         bench.run(source)
     assert bench.run(source, on_error="skip").exit_code == Exit.REJECTED
     assert ids_of(bench.place / "docs.npy") == ["a", "d"]
@@ -441,9 +462,19 @@ def test_more_rejects_than_allowed_stop_the_job(bench: Bench, limit: str, passes
         return
     with pytest.raises(GembError) as caught:
         bench.run(source, max_rejects=limit)
-    assert f"rows were rejected, more than --max-rejects {limit} allows; see " in str(caught.value)
+    assert f"and --max-rejects is {limit}; see " in str(caught.value)
     assert caught.value.exit_code == Exit.USAGE
     assert not (bench.place / "docs.npy").exists()
+
+
+def test_the_row_that_is_one_too_many_is_named_however_much_is_read_at_a_time(bench: Bench) -> None:
+    source = bench.write([{"id": str(row), "text": "" if row % 10 == 0 else words(row)} for row in range(99)])
+    with pytest.raises(GembError) as caught:
+        bench.run(source, max_rejects="3")
+    assert str(caught.value) == (
+        f"more than 3 rows were rejected, the last at {source}:31, and --max-rejects is 3; "
+        f"see {bench.place / 'docs.npy.rejects.jsonl'}, mend them or allow more"
+    )
 
 
 def test_limits_of_rejects_are_read_strictly() -> None:
@@ -900,7 +931,7 @@ def test_a_plan_counts_measures_and_writes_nothing(bench: Bench) -> None:
     rows = dict(plan.rows)
     assert rows["rows"] == "30"
     assert rows["refused"] == (
-        f'1 rows cannot be read; see --on-error\nthe first is {source}:31: no "text"; this line has id'
+        f'1 row cannot be read; see --on-error\nthe first is {source}:31: no "text"; this line has id'
     )
     assert plan.data["first_refused"] == f'{source}:31: no "text"; this line has id'
     assert rows["prompt"] == "none (no text)"
@@ -1033,7 +1064,7 @@ def test_no_rows(bench: Bench) -> None:
 def test_rows_that_are_all_refused(bench: Bench) -> None:
     source = bench.write([{"id": "a"}, {"id": "b", "text": ""}])
     assert refused(bench, source, on_error="skip") == (
-        f"{source}: none of the 2 rows can be embedded (2 rejected, 0 empty, 0 too long); "
+        f"{source}: of 2 rows none can be embedded (2 rejected, 0 empty, 0 too long); "
         f"see {bench.place / 'docs.npy.rejects.jsonl'}",
         Exit.USAGE,
     )
@@ -1062,8 +1093,29 @@ def test_rows_that_are_all_refused(bench: Bench) -> None:
 def test_a_bad_row_is_told_with_file_line_and_reason(bench: Bench, line: bytes, reason: str) -> None:
     source = bench.place / "docs.jsonl"
     source.write_bytes(b'{"id": "first", "text": "w1"}\n' + line + b"\n")
-    assert refused(bench, source) == (f"{source}:2: {reason}", Exit.USAGE)
+    message, code = refused(bench, source)
+    assert message.startswith(f"{source}:2: {reason}; ")
+    assert code == Exit.USAGE
     assert bench.engines == []  # told before the model is loaded
+
+
+@pytest.mark.parametrize(
+    ("line", "next_step"),
+    [
+        (b'{"id": "a"}', OR_SKIP),
+        (b'{"id": "a", "text": ""}', "; --empty skip leaves such rows out"),
+        (
+            b'{"id": "a", "text": "\xff"}',
+            f"; iconv -f latin1 -t utf-8 converts a file that is Latin-1{OR_SKIP}",
+        ),
+    ],
+)
+def test_a_bad_row_is_told_with_what_to_do_about_it(bench: Bench, line: bytes, next_step: str) -> None:
+    source = bench.place / "docs.jsonl"
+    source.write_bytes(line + b"\n" + b'{"id": "second", "text": "w1"}\n')
+    message, _ = refused(bench, source)
+    assert message.endswith(next_step)
+    assert bench.run(source, on_error="skip", empty="skip").data["rows"] == 1
 
 
 def test_a_byte_order_mark_is_no_mistake(bench: Bench) -> None:

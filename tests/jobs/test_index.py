@@ -28,13 +28,15 @@ from gemb.jobs import index as job
 from gemb.jobs import index_care as care
 from gemb.jobs.embed import EmbedRecipe
 from gemb.jobs.index import IndexRecipe
-from gemb.report import Event, Report
+from gemb.report import Event, Plan, Report
 from gemb.store import Index, Writer
 from gemb.store.writer import Compared
 from gemb.vectors import calibrate
 from tests.fakes import FakeEngine, expected, fake_folder, fake_vector, words
 
 Rows = Sequence[Mapping[str, Any]]
+
+OR_SKIP = "; --on-error skip leaves such rows out"
 
 
 class Bench:
@@ -251,7 +253,7 @@ def test_nothing_is_pruned_for_a_rejected_row_without_an_id(bench: Bench) -> Non
     report = bench.run(source, prune=True, on_error="skip")
     assert report.data["pruned"] is False
     assert report.data["notes"] == [
-        "nothing was pruned: 1 rejected rows have no id that can be read, "
+        "nothing was pruned: 1 rejected row without an id that can be read, "
         "so that their documents would have gone too"
     ]
     assert len(content_of(bench.path)) == 5
@@ -402,7 +404,7 @@ def test_metadata_that_json_cannot_hold_are_a_reject(bench: Bench) -> None:
         bench.run(bench.place / "docs.parquet")
     assert str(raised.value) == (
         f"{bench.place / 'docs.parquet'}:1: Type is not JSON serializable: bytes; "
-        "leave the field out with --keep"
+        "leave the field out with --keep; --on-error skip leaves such rows out"
     )
     report = bench.run(bench.place / "docs.parquet", keep="none")
     assert counts_of(report) == (2, 0, 0, 0, 0)
@@ -415,7 +417,10 @@ def test_a_bad_row_stops_the_job_and_what_was_before_it_is_kept(bench: Bench) ->
     rows = [*rows_of(40), {"id": "bad"}]
     with pytest.raises(GembError) as raised:
         bench.run(bench.write(rows))
-    assert str(raised.value) == f'{bench.place / "docs.jsonl"}:41: no "text"; this line has id'
+    place = bench.place / "docs.jsonl"
+    assert str(raised.value) == (
+        f'{place}:41: no "text"; this line has id; --on-error skip leaves such rows out'
+    )
     assert raised.value.exit_code == Exit.USAGE
     kept = len(content_of(bench.path))
     assert 0 < kept <= 40
@@ -457,7 +462,9 @@ def test_a_repeated_id_is_found_wherever_its_first_use_is(bench: Bench) -> None:
 
 def test_max_rejects_and_empty_are_as_in_gemb_embed(bench: Bench) -> None:
     rows = [{"id": "a", "text": "w1"}, {"id": "b", "text": ""}, {"id": "c"}, {"id": "d"}]
-    with pytest.raises(GembError, match="2 of 3 rows were rejected, more than --max-rejects 1 allows"):
+    with pytest.raises(
+        GembError, match=r"^more than 1 row were rejected, the last at .*:4, and --max-rejects is 1; see "
+    ):
         bench.run(bench.write(rows), max_rejects=1, empty="skip")
     report = bench.run(bench.write(rows), max_rejects=2, empty="skip")
     assert (report.data["empty_skipped"], report.data["rejected"]) == (1, 2)
@@ -579,7 +586,7 @@ def test_a_signal_keeps_what_is_done_and_the_next_run_goes_on(
     kept = content_of(bench.path)
     assert 0 < len(kept) < 80
     assert str(raised.value) == (
-        f"interrupted; {len(kept):,} documents were added or changed in {bench.path}, "
+        f"interrupted; {len(kept):,} documents added or changed in {bench.path}, "
         "run the same command again to go on"
     )
     bench.engine = FakeEngine
@@ -775,6 +782,7 @@ def test_vectors_that_are_none_are_refused_by_row(bench: Bench) -> None:
         bench.run(vectors=bench.place / "v.npy")
     assert str(raised.value) == (
         f"{bench.place / 'v.npy'}:2: its vector has NaN or infinity in it; it would ruin every ranking"
+        f"{OR_SKIP}"
     )
     report = bench.run(vectors=bench.place / "v.npy", on_error="skip")
     assert counts_of(report) == (3, 0, 0, 0, 2)
@@ -789,7 +797,7 @@ def test_a_refused_row_is_named_by_its_line_in_every_block(
     vectors[4] = 0
     np.save(bench.place / "v.npy", vectors)
     source = bench.write(rows_of(6))
-    message = f"{bench.place / 'v.npy'}:5: its vector has zeros only; it would ruin every ranking"
+    message = f"{bench.place / 'v.npy'}:5: its vector has zeros only; it would ruin every ranking{OR_SKIP}"
     for ids in (None, bench.place / "v.ids.txt"):
         if ids is not None:
             ids.write_text("".join(f"d{row}\n" for row in range(6)), "utf-8")
@@ -1012,10 +1020,65 @@ def test_a_plan_counts_and_writes_nothing(bench: Bench) -> None:
     }  # fmt: skip
     assert plan.data["first_refused"] == f'{source}:21: no "text"; this line has id'
     assert not bench.path.exists()
-    bench.run(source, on_error="skip")
-    assert job.plan(recipe).data["notes"] == [
-        f"{bench.path} exists: what it has unchanged is not embedded again"
-    ]
+
+
+def plan_of(bench: Bench, source: Path, **settings: Any) -> Plan:  # noqa: ANN401
+    return job.plan(
+        IndexRecipe(
+            inputs=(str(source),),
+            output=bench.path,
+            model=str(bench.model),
+            device="cpu",
+            threads=1,
+            onnx=False,
+            **settings,
+        )
+    )
+
+
+def test_a_plan_of_an_index_that_is_there_tells_what_is_new_changed_and_to_be_removed(bench: Bench) -> None:
+    rows = rows_of(20)
+    bench.run(bench.write(rows))
+    before = bench.path.stat().st_mtime_ns
+    rows[1]["text"], rows[2]["year"] = words(*range(40)), 1
+    source = bench.write([*rows[:15], {"id": "fresh", "text": words(5)}, {"id": "d15"}])
+    plan = plan_of(bench, source, prune=True)
+    assert plan.title == f"would index 2 documents of 16 into {bench.path}"
+    told = dict(plan.rows)
+    assert told["documents"] == "1 new, 2 changed, 13 unchanged, 4 to be removed"
+    assert told["refused"].startswith("1 row cannot be read")
+    assert [plan.data[name] for name in ("new", "changed", "unchanged", "removed")] == [1, 2, 13, 4]
+    assert plan.data["notes"] == []
+    assert bench.path.stat().st_mtime_ns == before
+    report = bench.run(source, prune=True, on_error="skip")
+    done = [report.data[name] for name in ("added", "changed", "unchanged", "removed")]
+    assert done == [1, 2, 13, 4]
+    source = bench.write(rows[:3])
+    assert dict(plan_of(bench, source).rows)["documents"] == (
+        "0 new, 0 changed, 3 unchanged; 14 not in the input stay, see --prune"
+    )
+
+
+def test_a_plan_that_would_prune_nothing_says_so(bench: Bench) -> None:
+    bench.run(bench.write(rows_of(5)))
+    source = bench.write(rows_of(2))
+    source.write_text(source.read_text("utf-8") + "{broken\n", "utf-8")
+    plan = plan_of(bench, source, prune=True)
+    assert dict(plan.rows)["note"] == "nothing would be pruned: rows without an id that can be read"
+    assert plan.data["removed"] == 0
+    assert plan_of(bench, bench.write(rows_of(4)), prune=True).data["removed"] == 1
+    plan = plan_of(
+        bench, bench.write([{"id": "n1", "text": "w1"}, {"id": "n2", "text": "w1"}]), prune=True, limit_rows=1
+    )
+    assert plan.data["removed"] == 0
+
+
+def test_a_plan_counts_passages_as_long_texts_are_really_divided(bench: Bench) -> None:
+    # A sentence of 9 words: 14 tokens fit, so that each passage ends with its sentence, not when it is full.
+    sentence = f"{words(*range(9))}. "
+    source = bench.write([{"id": str(row), "text": sentence * (20 + row)} for row in range(30)])
+    planned = plan_of(bench, source).data["rows"]
+    assert planned == bench.run(source).data["rows"]
 
 
 def test_progress_counts_records_up_to_all_of_them(bench: Bench) -> None:

@@ -17,7 +17,6 @@ from gemb.text.denoising import (
     masked_row,
     noise_mask,
     prefix_row,
-    put_back,
     take_out,
 )
 
@@ -49,6 +48,16 @@ def generator(seed: int = 0) -> np.random.Generator:
 
 def spans_of(mask: NDArray[np.bool_]) -> int:
     return int((mask & ~np.concatenate(([False], mask[:-1]))).sum())
+
+
+def put_back(
+    source: NDArray[np.int32], target: NDArray[np.int32], sentinels: NDArray[np.int32]
+) -> NDArray[np.int32]:
+    """The row that `take_out` gave (source, target) of."""
+    places = np.flatnonzero(np.isin(target, sentinels))
+    spans = dict(zip(target[places].tolist(), np.split(target, places)[1:], strict=True))
+    parts = [spans[token][1:] if token in spans else [token] for token in source.tolist()]
+    return np.concatenate(parts).astype(np.int32)
 
 
 @pytest.mark.parametrize("denoiser", T5GEMMA2)

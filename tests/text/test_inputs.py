@@ -194,14 +194,16 @@ def test_without_zstandard_the_message_has_the_pip_line(monkeypatch: pytest.Monk
 def test_all_problems_are_told_at_once() -> None:
     write("a.doc"), write("b.txt")
     Path("empty").mkdir()
-    assert problem("none.jsonl", "*.csv", "a.doc", "empty", "b.txt", "b.txt").splitlines() == [
-        "inputs: 5 problems",
+    assert problem("none.jsonl", "*.csv", "a.doc", "empty", "b.txt", "b.txt", "dtype=f16").splitlines() == [
+        "inputs: 6 problems",
         "  none.jsonl: no such file or folder",
         "  *.csv: no file matches",
         "  a.doc: cannot tell its format by the name; the choices are .jsonl, .ndjson, .csv, .tsv, .parquet, "
         ".txt, .md, all but .parquet also with .gz or .zst, or --input-format "
         "jsonl|csv|tsv|parquet|text|document",
         "  empty: the folder holds nothing",
+        "  dtype=f16: no such file or folder; if it is a key of the recipe and its value, "
+        "pass --set dtype=f16",
         "  b.txt: given twice",
     ]
 

@@ -175,10 +175,10 @@ def test_ids_and_lost_tokens_are_those_of_transformers(name: str, folder: Path, 
     assert rows_of(encoded) == reference(texts, truncation=True, max_length=max_tokens)["input_ids"]
     whole = np.array([len(ids) for ids in reference(texts)["input_ids"]])
     lost = np.maximum(whole - max_tokens, 0)
-    exact = ~encoded.at_least
+    exact = ~encoded.estimated
     assert np.array_equal(encoded.lost[exact], lost[exact])
-    assert np.all(encoded.lost <= lost)
-    assert np.all(encoded.lost[encoded.at_least] >= 1)
+    about = encoded.lost[encoded.estimated] / lost[encoded.estimated]  # none of these texts is of one kind
+    assert np.all((about > 0.5) & (about < 2))
 
 
 def test_ids_are_those_of_sentence_transformers() -> None:
@@ -366,15 +366,14 @@ def test_cutting_a_text_before_tokenising_never_changes_the_ids_that_are_kept(
     texts = long_texts(200)
     tokeniser = tokeniser_named(name, 12)
     whole = tokeniser.encode(texts)  # all are shorter than 2,048 characters: nothing is cut before
-    assert not whole.at_least.any()
+    assert not whole.estimated.any()
     monkeypatch.setattr(tokenisation, "_CHARACTERS_PER_TOKEN", 0)
     for characters in (20, 33, 47, 60):  # hardly more than the tokens that are kept, and 4 and 16 times that
         monkeypatch.setattr(tokenisation, "_SPARE_CHARACTERS", characters)
         cut = tokeniser.encode(texts)
         assert rows_of(cut) == rows_of(whole)
-        assert np.all(cut.lost <= whole.lost)
         assert np.array_equal(cut.lost > 0, whole.lost > 0)
-        assert cut.at_least.mean() > 0.3
+        assert cut.estimated.mean() > 0.3
 
 
 def test_words_and_margin_are_both_needed_to_settle_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,7 +401,7 @@ def test_a_bpe_that_merges_from_the_right_is_tokenised_whole(monkeypatch: pytest
     monkeypatch.setattr(tokenisation, "_SPARE_CHARACTERS", 40)
     cut = tokeniser.encode([text])
     assert rows_of(cut) == [expected]
-    assert not cut.at_least[0]
+    assert not cut.estimated[0]
 
 
 def test_a_mask_that_swallows_the_blanks_before_it_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,11 +437,18 @@ def test_ten_megabytes_are_tokenised_in_well_under_a_second(name: str, kind: str
     # 0.01 to 0.1 s but for a single word or blank of a million characters: 0.5 to 0.9 s.
     assert time.process_time() - began < 2.5
     assert encoded.lengths[0] <= 512
-    assert encoded.at_least[0]
+    assert encoded.estimated[0]
     assert encoded.lost[0] >= 1
 
 
 # Packing, counting, errors.
+
+
+def test_what_a_huge_text_loses_is_reckoned_from_its_beginning() -> None:
+    sentence = "Flour, water, salt and yeast, baked in a hot oven. "  # 14 tokens
+    encoded = Tokeniser.load(MINILM, max_tokens=256).encode([sentence * 100_000])
+    assert encoded.estimated.tolist() == [True]
+    assert encoded.lost[0] == pytest.approx(1_400_000 - 254, rel=0.01)
 
 
 def test_ids_are_packed_in_order_and_an_empty_list_is_fine() -> None:
@@ -478,7 +484,7 @@ def test_taking_rows_takes_their_ids(lengths: list[int], data: st.DataObject) ->
     rows = rows_of(encoded)
     assert rows_of(taken) == [rows[row] for row in wanted]
     assert taken.lost.tolist() == wanted.tolist()
-    assert taken.at_least.tolist() == (wanted > 1).tolist()
+    assert taken.estimated.tolist() == (wanted > 1).tolist()
 
 
 @pytest.mark.parametrize("prompt", ["query: ", "task: search result | query: ", "", "a"])
