@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gemb.errors import GembError, MachineError
+from gemb.errors import GembError
 
 if TYPE_CHECKING:
     import torch
@@ -317,14 +317,3 @@ def one_thread() -> "Iterator[None]":
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def check_torch() -> None:
-    """Raises MachineError if torch cannot be imported, with the way to install it."""
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise MachineError(
-            f"torch cannot be imported ({error}); install it, for a CPU: "
-            "pip install torch --index-url https://download.pytorch.org/whl/cpu"
-        ) from error

@@ -1,8 +1,6 @@
 """Device, precision and threads: what is chosen, why, and what is refused."""
 
 import os
-import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 
 from gemb import device
 from gemb.device import Device, Processor, pick
-from gemb.errors import Exit, GembError, MachineError
+from gemb.errors import Exit, GembError
 
 AVX2 = Processor("Some Processor @ 2.4GHz", frozenset({"sse2", "avx2", "fma"}))
 AMX = Processor("Big Processor", frozenset({"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16"}))
@@ -307,18 +305,6 @@ def test_one_thread_lasts_as_long_as_its_block() -> None:
 def test_compute_capability_of_a_cpu_is_none() -> None:
     assert device.compute_capability(torch.device("cpu")) == (0, 0)
     device.release_cache("cpu")
-
-
-def test_a_missing_torch_is_told_with_the_way_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    device.check_torch()
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(MachineError) as caught:
-        device.check_torch()
-    assert re.fullmatch(
-        r"torch cannot be imported \(.+\); install it, for a CPU: "
-        r"pip install torch --index-url https://download\.pytorch\.org/whl/cpu",
-        str(caught.value),
-    )
 
 
 def test_an_empty_gemb_device_means_auto(monkeypatch: pytest.MonkeyPatch) -> None:

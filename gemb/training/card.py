@@ -12,7 +12,7 @@ from gemb.files import atomic_write, read_json, write_json
 from gemb.model.folder import read_folder
 from gemb.recipe import resolved
 from gemb.training.data_recipe import PromptText
-from gemb.training.recipe import TrainRecipe
+from gemb.training.recipe import RunRecipe, TrainRecipe
 from gemb.training.record import not_compared
 
 _DECLARATIONS = "config_sentence_transformers.json"
@@ -66,6 +66,15 @@ def write_card(folder: Path, recipe: TrainRecipe, record: Mapping[str, Any]) -> 
         _qat(recipe, record),
         _scores(record),
         _data(recipe, record),
+        *how_made(recipe, record),
+    ]
+    with atomic_write(folder / "README.md") as file:
+        file.write(("\n\n".join(part for part in parts if part) + "\n").encode())
+
+
+def how_made(recipe: RunRecipe, record: Mapping[str, Any]) -> list[str]:
+    """The last parts of a card: the whole recipe, and what the model was made with."""
+    return [
         "## Recipe",
         "```yaml\n" + yaml.safe_dump(resolved(recipe), sort_keys=False).rstrip() + "\n```",
         "## Made with",
@@ -77,8 +86,6 @@ def write_card(folder: Path, recipe: TrainRecipe, record: Mapping[str, Any]) -> 
             "- the licences of the base model and of the data apply to this model as well",
         ]),
     ]  # fmt: skip
-    with atomic_write(folder / "README.md") as file:
-        file.write(("\n\n".join(part for part in parts if part) + "\n").encode())
 
 
 def _usage(folder: Path, record: Mapping[str, Any]) -> str:

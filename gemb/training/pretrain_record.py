@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from gemb.files import atomic_write
-from gemb.recipe import resolved
 from gemb.report import Report
 from gemb.report.progress import duration
+from gemb.training.card import how_made
 from gemb.training.pretrain_recipe import PretrainRecipe
 from gemb.training.record import worst_word
 
@@ -119,17 +119,8 @@ def write_card(folder: Path, recipe: PretrainRecipe, record: Mapping[str, Any]) 
         f"{record['objective']}: {record['steps']:,} steps, {record['tokens']:,} tokens.",
         "## Scores\n\n" + ("\n".join(table) if scores else "Nothing was evaluated."),
         "## Data\n\n" + "\n".join(f"- {name}" for name in record["data"]),
-        "## Recipe",
-        "```yaml\n" + yaml.safe_dump(resolved(recipe), sort_keys=False).rstrip() + "\n```",
-        "## Made with",
-        "\n".join([
-            f"- device: {record['device']}",
-            f"- seed: {recipe.seed}",
-            *(f"- {package} {version}" for package, version in record["versions"].items()),
-            f"- base model fingerprint {record['model']['fingerprint']}",
-            "- the licences of the base model and of the data apply to this model as well",
-        ]),
-    ]  # fmt: skip
+        *how_made(recipe, record),
+    ]
     with atomic_write(folder / "README.md") as file:
         file.write(("\n\n".join(parts) + "\n").encode())
 
