@@ -18,10 +18,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import orjson
 import typer
@@ -57,19 +56,12 @@ def digest_of(arm: str) -> str:
     return blake2b(recipe + asked, digest_size=6).hexdigest()
 
 
-def finished() -> dict[tuple[str, int], dict[str, Any]]:
+def finished() -> dict[ablate.Run, dict[str, Any]]:
     """The lines that are there, by arm and seed; those of other recipes are left out."""
-    arms = (SOURCE, *FORMATS)
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    for text in LINES.read_bytes().splitlines() if LINES.is_file() else ():
-        with suppress(orjson.JSONDecodeError):  # what a crash left half-written
-            line = orjson.loads(text)
-            if line["arm"] in arms and line["recipe"] == digest_of(line["arm"]):
-                found[line["arm"], line["seed"]] = line
-    return found
+    return ablate.lines_in(LINES, {arm: digest_of(arm) for arm in (SOURCE, *FORMATS)})
 
 
-def wanted() -> Iterator[tuple[str, int]]:
+def wanted() -> Iterator[ablate.Run]:
     """The source once, then every arm with every seed, all arms with the first seed before the next one."""
     yield SOURCE, 0
     for seed in SEEDS:
@@ -187,11 +179,6 @@ def task_of_pairs(path: Path) -> Retrieval:
     )
 
 
-def append(line: Mapping[str, object]) -> None:
-    """Add one line, on the disk when this returns; what a crash left half-written is ended first."""
-    ablate.append(line, LINES)
-
-
 def shares(
     lines: Mapping[tuple[str, int], Mapping[str, Any]], weight_format: str
 ) -> Iterator[tuple[str, dict[str, float]]]:
@@ -228,51 +215,45 @@ def shares(
         yield title, found
 
 
-def table(lines: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
+def table(lines: Mapping[ablate.Run, Mapping[str, Any]]) -> str:
     """The Markdown page of what is there."""
-    missing = [f"{arm}/{seed}" for arm, seed in wanted() if (arm, seed) not in lines]
-    total = len(list(wanted()))
-    page = [
-        "# Training for a format",
-        "",
+    about = (
         "MiniLM as it is, rounded to a format, and rounded after it was taught by itself with `qat` (mean ± "
         "standard deviation over seeds); the last column is the share of the gap between the first two "
         f"which that closes (bar: {SHARE_BAR:.0%}). Made by `python -m benchmarks.ablate_qat` from the "
-        "recipes in `benchmarks/ablations_qat`.",
-    ]
-    if missing:
-        page += ["", f"Partial: {total - len(missing)} of {total} runs; missing {', '.join(missing)}."]
-    for weight_format in FORMATS:
-        rows = list(shares(lines, weight_format))
-        page += ["", f"## {weight_format}", ""]
-        if not rows:
-            page.append("No run yet.")
-            continue
-        page += [
-            f"| measure (n={rows[0][1]['seeds']}) | float | {weight_format} without | {weight_format} with | "
-            "of the gap |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-        for name, found in rows:
-            share = f"{found['share']:.0%}" if "share" in found else "no gap"
-            shown = f"{found[FLOAT]:.4f} | {found['without']:.4f} | {found['with']:.4f}"
-            page.append(f"| {name} | {shown} ± {found['spread']:.4f} | {share} |")
-    return "\n".join([*page, ""])
+        "recipes in `benchmarks/ablations_qat`."
+    )
+    sections = (text for one in FORMATS for text in _section(one, lines))
+    return ablate.page("Training for a format", about, lines, wanted(), sections)
+
+
+def _section(weight_format: str, lines: Mapping[ablate.Run, Mapping[str, Any]]) -> Iterator[str]:
+    """The lines of Markdown of one format."""
+    rows = list(shares(lines, weight_format))
+    yield from ("", f"## {weight_format}", "")
+    if not rows:
+        yield "No run yet."
+        return
+    yield (
+        f"| measure (n={rows[0][1]['seeds']}) | float | {weight_format} without | {weight_format} with | "
+        "of the gap |"
+    )
+    yield "| --- | --- | --- | --- | --- |"
+    for name, found in rows:
+        share = f"{found['share']:.0%}" if "share" in found else "no gap"
+        shown = f"{found[FLOAT]:.4f} | {found['without']:.4f} | {found['with']:.4f}"
+        yield f"| {name} | {shown} ± {found['spread']:.4f} | {share} |"
 
 
 def main(
-    arm: Annotated[str | None, typer.Option(help="Only this arm.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Only this seed.")] = None,
-    only_table: Annotated[bool, typer.Option("--table", help="Run nothing, write the table.")] = False,
+    arm: ablate.ArmOption = None, seed: ablate.SeedOption = None, only_table: ablate.TableOption = False
 ) -> None:
     """Run the arms and seeds that are missing, then write the table."""
-    if not only_table:
-        for name, number in wanted():
-            if arm in (None, name) and seed in (None, number) and (name, number) not in finished():
-                line = run_arm(name, number)
-                append(line)
-                shutil.rmtree(folder_of(name, number), ignore_errors=True)
-                print(f"{name} {number}: {line['seconds']} s, {line['measures']}")
+    for name, number in () if only_table else ablate.missing(wanted(), finished, arm, seed):
+        line = run_arm(name, number)
+        ablate.append(line, LINES)
+        shutil.rmtree(folder_of(name, number), ignore_errors=True)
+        print(f"{name} {number}: {line['seconds']} s, {line['measures']}")
     with atomic_write(TABLE) as file:
         file.write(table(finished()).encode())
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import ablate_qat
+from benchmarks import ablate, ablate_qat
 from gemb.jobs.distill import DistillRecipe
 from gemb.quantization.roles import grid_of, role_of
 from gemb.recipe import load, resolved
@@ -84,7 +84,7 @@ def test_the_share_is_that_of_the_mean_over_the_seeds_that_are_there(place: Path
         line("int4", 2, int4=0.70),
         line("mixed", 3, mixed=0.74),
     ):
-        ablate_qat.append(one)
+        ablate.append(one, ablate_qat.LINES)
     found = dict(ablate_qat.shares(ablate_qat.finished(), "int4"))
     assert list(found) == ["one sts", "other sts", "mean sts of 2"]
     for row in found.values():
@@ -98,16 +98,16 @@ def test_the_share_is_that_of_the_mean_over_the_seeds_that_are_there(place: Path
 
 
 def test_without_the_source_there_is_nothing_to_compare_with(place: Path) -> None:
-    ablate_qat.append(line("int4", 1, int4=0.66))
+    ablate.append(line("int4", 1, int4=0.66), ablate_qat.LINES)
     assert list(ablate_qat.shares(ablate_qat.finished(), "int4")) == []
     assert ablate_qat.table(ablate_qat.finished()).rstrip().endswith("No run yet.")
 
 
 def test_lines_of_a_changed_recipe_or_half_a_line_are_missing(place: Path) -> None:
-    ablate_qat.append(line("int4", 1, int4=0.5))
-    ablate_qat.append({**line("int4", 2, int4=0.5), "recipe": "other"})
+    ablate.append(line("int4", 1, int4=0.5), ablate_qat.LINES)
+    ablate.append({**line("int4", 2, int4=0.5), "recipe": "other"}, ablate_qat.LINES)
     with ablate_qat.LINES.open("ab") as file:
         file.write(b'{"arm": "int4", "se')
     assert set(ablate_qat.finished()) == {("int4", 1)}
-    ablate_qat.append(line("int4", 3, int4=0.5))
+    ablate.append(line("int4", 3, int4=0.5), ablate_qat.LINES)
     assert set(ablate_qat.finished()) == {("int4", 1), ("int4", 3)}
