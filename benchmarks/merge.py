@@ -3,7 +3,9 @@
 Each merge is a process of its own, ours and theirs in turn. Peak memory is counted twice, each time over the
 process and all that it starts: VmHWM, with the pages of mapped files, and the highest sum of anonymous pages
 (RssAnon), which is what a merge needs.
-mergekit is installed without its dependencies into a folder beside the models; it runs with our packages.
+Before each merge all that was written is on the disk, and no model has been fingerprinted: ours hashes all of
+them, which theirs does not.
+mergekit is installed once, without its dependencies, into the cache of the benchmarks, and uses our packages.
 
     python -m benchmarks.merge                    some minutes, 8 GB of disk
 """
@@ -18,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -27,7 +30,7 @@ from rich.table import Table
 from benchmarks.encode import show_bars
 from benchmarks.harness import Bar, write_result
 from benchmarks.machine import this_machine, thread_environment
-from benchmarks.models import MODELS, REPOSITORY
+from benchmarks.models import MODELS, REPOSITORY, build_once, cache_folder
 
 PACKAGES = ("mergekit==0.1.5", "peft==0.21.2", "immutables==0.21")
 METHODS: Mapping[str, dict[str, Any]] = {
@@ -76,9 +79,25 @@ def write_models(source: Path, place: Path) -> list[Path]:
     return folders
 
 
-def measured(name: str, method: str, command: list[str], threads: int, path: str) -> Run:
+def mergekit_folder() -> Path:
+    """Where mergekit is installed; needs the package index once."""
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
+
+    def write(folder: Path) -> None:
+        subprocess.run([*install, str(folder), *PACKAGES], check=True, capture_output=True)
+
+    return build_once(cache_folder() / PACKAGES[0].replace("==", "-"), write)
+
+
+def measured(name: str, method: str, command: list[str], threads: int, path: str, cache: Path) -> Run:
     """Run a command to its end. Raises RuntimeError with its stderr if it fails."""
-    environment = {**thread_environment(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    environment = {
+        **thread_environment(threads),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": path,
+        "GEMB_CACHE": str(cache),
+    }
+    os.sync()  # what the run before left to be written would be written during this one
     before = os.times()
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as stderr:
@@ -123,17 +142,7 @@ def run(model: str, *, rounds: int, threads: int, console: Console) -> dict[str,
     runs: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="gemb-bench-") as scratch:
         place = Path(scratch)
-        install = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-deps",
-            "--target",
-            str(place / "mergekit"),
-        ]
-        subprocess.run([*install, *PACKAGES], check=True, capture_output=True)
+        mergekit = mergekit_folder()
         base, *models = write_models(MODELS[model].folder(), place)
         for _ in range(rounds):
             for method, settings in METHODS.items():
@@ -151,9 +160,10 @@ def run(model: str, *, rounds: int, threads: int, console: Console) -> dict[str,
                 theirs = [sys.executable, "-c", MERGEKIT, str(recipe), str(place / "theirs")]
                 for name, command, path in (
                     ("gemb", ours, ""),
-                    ("mergekit", theirs, str(place / "mergekit")),
+                    ("mergekit", theirs, str(mergekit)),
                 ):
-                    runs.append(measured(name, method, command, threads, path))
+                    cache = place / f"cache-{len(runs)}"  # an empty one: no model is known
+                    runs.append(measured(name, method, command, threads, path, cache))
                     console.print(f"{name} {method}: {runs[-1].wall_seconds:.1f} s", highlight=False)
                 shutil.rmtree(place / "ours")
                 shutil.rmtree(place / "theirs")
@@ -180,16 +190,16 @@ def run(model: str, *, rounds: int, threads: int, console: Console) -> dict[str,
 
 
 def _bars(method: str, runs: list[Run]) -> list[Bar]:
-    """The least of our rounds over the least of theirs."""
+    """The median of our rounds over the median of theirs."""
 
-    def least(name: str, what: str) -> float:
+    def middle(name: str, what: str) -> float:
         found = [getattr(entry, what) for entry in runs if (entry.name, entry.method) == (name, method)]
-        return float(min(found))
+        return float(median(found))
 
     return [
         Bar(
             f"{method}: {label} over mergekit's",
-            least("gemb", what) / least("mergekit", what),
+            middle("gemb", what) / middle("mergekit", what),
             bar,
             at_most=True,
         )
