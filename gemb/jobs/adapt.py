@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from gemb.errors import GembError, MismatchError
 from gemb.files import check_writable, readable_bytes, write_json
 from gemb.jobs import adapt_encoder_decoder
-from gemb.jobs.adapt_table import tensor_table
+from gemb.jobs.adapt_table import tensor_counts, tensor_table
 from gemb.jobs.record import versions
 from gemb.model.adapting import REPORT, Adaptation, Adapted, Pooling, Wanted
 from gemb.model.adapting import plan as plan_adaptation
@@ -370,6 +370,7 @@ def _report(adaptation: Adaptation, adapted: Adapted, output: Path) -> Report:
             ("padding", f"the source names no token for it; {adapted.padding_token} is taken, masked")
         )
     rows += [
+        ("tensors", f"{tensor_counts(adaptation.tensors, adapted.new)}; each in {REPORT}"),
         *_source_rows(adaptation, proofs),
         ("", f"each layer sees as far as config.json says: {', '.join(dict.fromkeys(proofs.reaches))}"),
         ("", f"transformers: {', '.join(f'{name} {way}' for name, way in proofs.implementations.items())}"),
@@ -384,7 +385,6 @@ def _report(adaptation: Adaptation, adapted: Adapted, output: Path) -> Report:
         title=f"adapted {adaptation.source.path} into {output}",
         rows=rows,
         data={"output": str(output), **as_json(adaptation, adapted)},
-        tables=[tensor_table(adaptation.tensors, adapted.new)],
         outputs=[output],
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gemb.files import check_writable, readable_bytes
-from gemb.jobs.adapt_table import tensor_table
+from gemb.jobs.adapt_table import tensor_counts, tensor_table
 from gemb.model.adapting.encoder_decoder import EncoderDecoder, EncoderDecoderAdaptation, as_json, write
 from gemb.model.attention import describe, reach_of_layers
 from gemb.report import Event, OnProgress, Plan, Report
@@ -52,6 +52,7 @@ def written(
     rows = _rows(adaptation)
     if made.padding_token is not None:
         rows.append(("padding", f"the source names no token for it; {made.padding_token} is taken, masked"))
+    rows.append(("tensors", f"{tensor_counts(adaptation.tensors)}; each in adapt_report.json"))
     rows += _proved(made)
     rows.append(("took", f"{made.writing_seconds:.1f} s to write, {made.proving_seconds:.1f} s to prove"))
     rows.append(("next", _next(adaptation, output)))
@@ -59,7 +60,6 @@ def written(
         title=f"adapted {_sources(adaptation)} into {output}",
         rows=rows,
         data={"output": str(output), **as_json(adaptation, made)},
-        tables=[tensor_table(adaptation.tensors)],
         outputs=[output],
     )
 

@@ -4,8 +4,9 @@ stdout is data and stderr is talk: a report goes to stdout only when it is what 
 (`product`, as in `gemb info`) or as the one JSON object of `--json`.
 """
 
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -14,7 +15,9 @@ from gemb.errors import Exit
 from gemb.report import terminal
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.measure import Measurement
+    from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,37 @@ def _rendered(result: Plan | Report) -> "list[RenderableType]":
                 name, justify="right" if name in table.right_aligned else "left", overflow="fold"
             )
         for row in table.rows:
-            shown.add_row(*(Text(text) for text in row))
+            shown.add_row(*(_Name(text) if _is_name(text) else Text(text) for text in row))
         parts.append(shown)
     return parts
+
+
+def _is_name(text: str) -> bool:
+    """Whether `text` is a dotted name: where rich folds it, it would be cut anywhere."""
+    return "." in text.strip(".") and " " not in text and not text.replace(".", "").replace(",", "").isdigit()
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A dotted name in a table, such as a tensor's; where it needs several lines they end with a dot."""
+
+    text: str
+
+    def __rich_measure__(self, console: "Console", options: "ConsoleOptions") -> "Measurement":
+        from rich.measure import Measurement
+
+        return Measurement(max(map(len, self._parts())), len(self.text)).with_maximum(options.max_width)
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[Text]":
+        from rich.text import Text
+
+        line = ""
+        for part in self._parts():
+            if line and len(line) + len(part) > options.max_width:
+                yield Text(line, overflow="fold")
+                line = ""
+            line += part
+        yield Text(line, overflow="fold")
+
+    def _parts(self) -> list[str]:
+        return re.findall(r"[^.]*\.|[^.]+", self.text)

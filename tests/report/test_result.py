@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,22 @@ def test_a_terminal_gets_the_same_words_in_colour(monkeypatch: pytest.MonkeyPatc
     assert "\x1b[3" not in shown  # no colour, and no italics
     for word in PLAIN.split():
         assert word in shown
+
+
+def test_dotted_names_are_folded_at_their_dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    name = "model.encoder.layers.*.self_attn.q_proj.weight"
+    stream = Terminal()
+    rows = [(name, "64 x 64", f"decoder.{name}"), ("norm", "1.5", "")]
+    write(Report(title="t", tables=[Table(("tensor", "shape", "from"), rows)]), stream)
+    lines = re.sub("\x1b\\[[0-9;]*m", "", stream.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 60
+    words = " ".join(lines).split()
+    for part in name.split("."):
+        assert any(f".{part}" in f".{word}" for word in words)  # whole, on one line
+    assert "1.5" in words
 
 
 def test_text_with_brackets_is_not_taken_for_markup(monkeypatch: pytest.MonkeyPatch) -> None:
