@@ -5,6 +5,8 @@ Real texts that are on every machine with Python, in a fixed order, read from th
 
 import ast
 import inspect
+import os
+import shutil
 import sys
 import sysconfig
 import time
@@ -93,7 +95,7 @@ def run(
         ("search", f"{1000 * each:.1f} ms a question, embedded and searched for"),
         ("texts", str(documents)),
         ("index", str(target)),
-        ("now you", f"gemb search {target} 'your own question'"),
+        ("now you", f"{_program()} search {target} 'your own question'"),
     ]
     data = {
         **indexed.data,
@@ -111,6 +113,14 @@ def run(
         exit_code=indexed.exit_code,
     )
     return Demo(answers, summary)
+
+
+def _program() -> str:
+    """How a shell finds this gemb: by name, or after `make demo`, which puts it on no PATH, by its place."""
+    script = Path(sys.executable).with_name("gemb")
+    if shutil.which("gemb") is not None or not script.exists():
+        return "gemb"
+    return os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)
 
 
 def _ask(recipe: SearchRecipe, on_progress: OnProgress) -> tuple[list[Answer], float]:

@@ -84,6 +84,8 @@ def make_report(setup: PretrainSetup, record: Mapping[str, Any]) -> Report:
     rows += [(name, f"{before:.4g} -> {after:.4g}") for name, before, after in _numbers(record)]
     rows.append(("pictures", str(setup.folder.output / "run" / "report.html")))
     rows += [("note", note) for note in record["notes"]]
+    if record["objective"] != "mntp":  # which is for encoders, and for decoders that were adapted before
+        rows.append(("next", f"gemb adapt {setup.folder.output} -o ENCODER makes an encoder of it"))
     return Report(
         title=f"trained {setup.model_name} on {record['tokens']:,} tokens in {duration(record['seconds'])}",
         rows=rows,

@@ -1,5 +1,6 @@
 """The demo's docstrings: which, in what order, under what names; and the whole demo on real ones."""
 
+import sys
 import sysconfig
 import textwrap
 from collections.abc import Callable
@@ -50,6 +51,20 @@ def library(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, "utf-8")
     return tmp_path / "lib"
+
+
+def test_the_next_step_names_a_program_that_the_shell_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / ".venv" / "bin" / "gemb"
+    script.parent.mkdir(parents=True)
+    script.touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(script.with_name("python")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert demo._program() == ".venv/bin/gemb"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert demo._program() == "gemb"
 
 
 def test_public_names_come_first_in_a_fixed_order(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def test_a_decoder_learns_and_its_folder_is_one_of_transformers(whole: tuple[Rep
     report, output = whole
     data: Mapping[str, Any] = report.data
     assert data["objective"] == "causal"
+    assert dict(report.rows)["next"] == f"gemb adapt {output} -o ENCODER makes an encoder of it"
     assert data["verdict"] == "WIN"
     before, after = (data["measures"][when]["held-out/perplexity"] for when in ("before", "after"))
     assert after < before
