@@ -10,6 +10,7 @@ from gemb.engine.onnx_engine import find_graph, is_installed
 from gemb.engine.opening import graph_for_few_texts
 from gemb.files import read_json, readable_bytes
 from gemb.jobs.index_info import describe_index, is_index
+from gemb.jobs.quantize_source import trained_for
 from gemb.model.attention import describe, is_bidirectional, reach_of_layers
 from gemb.model.folder import DenseSettings, ModelFolder, fingerprint, read_folder
 from gemb.model.grid_weights import GGUF_FILE, GgufWeights
@@ -69,7 +70,7 @@ def _holds_vectors(path: Path) -> bool:
 
 def _model(folder: ModelFolder, asked: str | None, would_run: dict[str, str]) -> Report:
     digest = fingerprint(folder)
-    graph = find_graph(folder)
+    graph, grid = find_graph(folder), trained_for(folder)
     total, table, size_bytes = _parameters(folder)
     bits = size_bytes * 8 / total
     layers = reach_of_layers(folder.text_config)
@@ -92,6 +93,11 @@ def _model(folder: ModelFolder, asked: str | None, would_run: dict[str, str]) ->
         ("pooling", _pooling(folder)),
         *[("then", text) for text in _after_pooling(folder)],
         ("similarity", folder.similarity),
+        *(
+            []
+            if grid is None
+            else [("trained for", f"{grid}; gemb quantize --format {grid} keeps its scores")]
+        ),
         ("prompts", "\n".join(f"{key}: {text}" for key, text in examples.items()) or "none"),
         ("would run", "\n".join(would_run.values())),
         *([] if graph is None else [("graph", str(graph))]),
@@ -124,6 +130,7 @@ def _model(folder: ModelFolder, asked: str | None, would_run: dict[str, str]) ->
         "modules": [module.kind for module in folder.modules],
         "normalizes": folder.normalizes,
         "similarity": folder.similarity,
+        "trained_for": grid,
         "prompts": dict(folder.prompts),
         "default_prompt": folder.default_prompt,
         "examples": examples,

@@ -40,7 +40,7 @@ class History:
         record: Mapping[str, Any] = read_json(file) if file.exists() else {}
         # Only gemb quantize tells of a grid, and only of one that it rounded to.
         made_from = None if record.get("grid") is None else _inner(record, "source", "model")
-        return cls(_inner(record, "qat", "format"), rounded_to(folder), made_from)
+        return cls(trained_for(folder), rounded_to(folder), made_from)
 
     def warning(self, grid: WeightFormat | None, *, gguf: bool, onnx: bool, lost: str) -> str | None:
         """Why an export to `grid` loses more than it must, and what to do; None if it does not.
@@ -64,6 +64,12 @@ class History:
                 f"rounds once more: {lost}; quantise {source} instead"
             )
         return None
+
+
+def trained_for(folder: ModelFolder) -> str | None:
+    """The grid that `folder` was trained for, as its gemb.json says; None if for none."""
+    file = folder.path / "gemb.json"
+    return _inner(read_json(file), "qat", "format") if file.exists() else None
 
 
 def rounded_to(folder: ModelFolder) -> WeightFormat | None:

@@ -159,6 +159,16 @@ def test_a_bare_folder_is_shown_with_what_was_assumed(minilm: Path, tmp_path: Pa
     assert report.data["notes"] == [rows(report)["note"]]
 
 
+def test_a_model_that_was_trained_for_a_grid_is_told(minilm: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "trained"
+    shutil.copytree(minilm, folder)
+    assert "trained for" not in rows(info.run(str(folder), device="cpu"))
+    write(folder / "gemb.json", {"qat": {"format": "int4", "start": 0.0}})
+    report = info.run(str(folder), device="cpu")
+    assert rows(report)["trained for"] == "int4; gemb quantize --format int4 keeps its scores"
+    assert report.data["trained_for"] == "int4"
+
+
 def test_vectors_name_the_model_that_made_them(tmp_path: Path) -> None:
     np.save(tmp_path / "docs.npy", np.eye(4, 6, dtype=np.float32))
     (tmp_path / "docs.ids.txt").write_text("a\nb\nc\nd\n", "utf-8")
