@@ -192,10 +192,10 @@ def _names_of_part(file: GgufFile, part: Path) -> dict[str, str]:
             f"{file.path} was not written by gemb: it has no {NAMES_KEY} for its {len(file.tensors)} "
             "tensors; put model.safetensors of the model into the folder instead"
         )
-    found = {}
+    found, wanted = {}, part.as_posix()
     for full_name, gguf_name in zip(names, file.tensors, strict=True):
         own_part, name = part_of(full_name)
-        if Path(own_part) == part:
+        if (own_part or ".") == wanted:
             found[name] = gguf_name
     return found
 
