@@ -12,11 +12,12 @@ from types import MappingProxyType
 from typing import Annotated, Any, cast
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
 from gemb.errors import GembError
 
 from ._door import run_door
+from ._groups import Group
 
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
@@ -38,7 +39,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
 """Name and first sentence of every subcommand, in the order of the help; a test compares the sentences."""
 
 
-class LazyCommands(TyperGroup):
+class LazyCommands(Group):
     """The subcommands by name; the module of one is imported when it is called, not when it is listed."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from gemb import recipe as recipes
 from gemb.jobs.index import IndexRecipe
 from gemb.recipe import ComputeRecipe
 from gemb.report import progress
 
+from ._groups import Group
 from ._options import (
     DryRunOption,
     JsonOption,
@@ -29,7 +29,7 @@ DEFAULT_VERB = "add"
 HELP = ("-h", "--help")
 
 
-class VerbsWithDefault(TyperGroup):
+class VerbsWithDefault(Group):
     """Verbs of which `add` need not be said: a first word that is no verb begins its arguments.
 
     Options may stand before the first word. A file that is called like a verb is written ./verify.

@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
+from ._groups import Group
 from ._options import JsonOption, OverwriteOption, QuietOption
 from ._show import show
 
-app = typer.Typer(name="recipes", rich_markup_mode=None, add_completion=False)
+app = typer.Typer(cls=Group, name="recipes", rich_markup_mode=None, add_completion=False)
 
 
 @app.callback(invoke_without_command=True)

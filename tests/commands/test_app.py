@@ -52,6 +52,18 @@ def test_the_help_of_a_command_opens_with_a_sentence_and_an_example(
     assert len(example) <= 80
 
 
+@pytest.mark.parametrize("group", ["", "index", "recipes"])
+def test_a_narrow_terminal_gets_the_sentences_of_all_commands_whole(
+    group: str, gemb: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    shown = " ".join(gemb(*group.split(), "--help").out.partition("Commands:")[2].split())
+    assert "..." not in shown
+    for path, command in EVERY.items():
+        if path.rpartition(" ")[0] == group:
+            assert command.help.split("\n\n")[0].replace("\n", " ") in shown
+
+
 @pytest.mark.parametrize("name", commands.COMMANDS)
 def test_the_list_of_commands_says_what_each_command_says_of_itself(name: str) -> None:
     assert EVERY[name].help.split("\n\n")[0].replace("\n", " ") == commands.COMMANDS[name]
