@@ -131,7 +131,7 @@ class Pace:
 
     def __init__(self, seconds: float = WINDOW_SECONDS) -> None:
         self._seconds = min(seconds, WINDOW_SECONDS)
-        self._last = float(FIRST_CHARACTERS)
+        self._last = FIRST_CHARACTERS * self._seconds / WINDOW_SECONDS
         self._work = self._work_seconds = 0.0  # of the last windows, each counting half of the next one
         self._finished_at = 0.0
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemb.engine import windows
-from gemb.engine.windows import FIRST_CHARACTERS, GROWTH, Pace, Window
+from gemb.engine.windows import FIRST_CHARACTERS, GROWTH, WINDOW_SECONDS, Pace, Window
 from gemb.text.tokenisation import Encoded
 
 
@@ -64,7 +64,7 @@ def test_a_fast_model_gets_larger_windows_step_by_step(clock: Clock) -> None:
 
 def test_a_window_is_no_more_than_the_seconds_of_work_that_were_asked_for(clock: Clock) -> None:
     pace = Pace(seconds=2.0)
-    pace.next()
+    assert pace.next() == FIRST_CHARACTERS * 2.0 / WINDOW_SECONDS  # nothing is measured yet
     clock.now += 16.0
     pace.finished(window(FIRST_CHARACTERS, begun=100.0))
     assert [pace.next() for _ in range(3)] == [FIRST_CHARACTERS / 8] * 3
