@@ -108,6 +108,10 @@ class Search:
                 opened.enter_context(open_stored(path, recipe.threads)) for path in recipe.indexes
             ]
             self.check()
+            for path, index in zip(recipe.indexes, self.indexes, strict=True):
+                if not index.state.documents:
+                    note = f"{path} holds no documents; gemb index DOCUMENTS -o {path} adds them"
+                    on_progress(Event("searching", 0, unit="queries", note=note))
             self._encoder = QueryEncoder(
                 self.indexes[0],
                 model=recipe.model,

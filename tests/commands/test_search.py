@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from gemb.store import Writer
+from gemb.store import Settings, Writer
 from tests.conftest import ROOT, modules_after
 from tests.indexes import FILMS, embedded, make_films, make_plain, minilm, needs_minilm
 
@@ -47,6 +48,15 @@ def test_a_pipe_gets_one_object_a_hit_and_nothing_else(films: Path, gemb: Gemb) 
     whole = json.loads(gemb("search", films, QUERY, "-k", "2", *FAST, "--json").out)
     assert whole["hits"] == [first, second]
     assert whole["exit_code"] == 0
+
+
+def test_an_index_without_documents_is_told(tmp_path: Path, gemb: Gemb) -> None:
+    empty = tmp_path / "empty.gemb"
+    Writer.open(empty, Settings(dims=2)).close()
+    done = gemb("search", empty, "whale", "--lexical")
+    assert (done.code, done.out) == (0, "")
+    assert done.err == f"{empty} holds no documents; gemb index DOCUMENTS -o {empty} adds them\n"
+    assert gemb("search", empty, "whale", "--lexical", "--quiet").err == ""
 
 
 def test_every_way_to_write_hits(films: Path, gemb: Gemb) -> None:
