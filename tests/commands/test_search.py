@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemb.store import Writer
 from gemb.store import Settings, Writer
 from tests.conftest import ROOT, modules_after
 from tests.indexes import FILMS, embedded, make_films, make_plain, minilm, needs_minilm
