@@ -25,7 +25,10 @@ from ._show import plan_or_run
 def merge(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Models to merge; or one recipe, of gemb or of mergekit."),
+        typer.Argument(
+            metavar="[MODEL]...",
+            help="Models to merge; a first word may be a recipe, of gemb or of mergekit.",
+        ),
     ] = None,
     output: Annotated[Path | None, option(MergeRecipe, "output")] = None,
     merge_method: Annotated[str | None, option(MergeRecipe, "merge_method", metavar="METHOD")] = None,
@@ -60,16 +63,14 @@ def merge(
     """
     from gemb.jobs import merge as job
 
-    models = words or []
-    if recipe is None and len(models) == 1 and models[0].endswith((".yaml", ".yml")):
-        recipe, models = models[0], []
+    source, models = job.split_words(words or [], recipe)
     keys = {
         **given(MergeRecipe, locals()),
         "models": tuple(models) or None,
         "weights": None if weights is None else _numbers(weights),
         "data": None if data is None else tuple(data),
     }
-    wanted = recipes.load(recipe, MergeRecipe, set_ or (), keys)
+    wanted = recipes.load(source, MergeRecipe, set_ or (), keys)
     plan_or_run(job, wanted, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose, overwrite=overwrite)
 
 

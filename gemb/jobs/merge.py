@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,14 @@ from gemb.device import available_threads
 from gemb.errors import Exit, GembError
 from gemb.evaluation import Comparison, Task
 from gemb.evaluation.reading import Choices, read_task
-from gemb.files import atomic_write, check_writable, os_errors_explained, read_json, write_json
+from gemb.files import (
+    atomic_write,
+    check_writable,
+    os_errors_explained,
+    read_json,
+    readable_bytes,
+    write_json,
+)
 from gemb.jobs.merge_digests import PassingDigests, identity_of
 from gemb.jobs.merge_recipe import Ingredient, MergeRecipe, layers_of
 from gemb.jobs.merge_scores import Scored, ScoreLog, Trial, chosen, data_digest, greedy, mixtures, scored
@@ -32,7 +40,7 @@ from gemb.jobs.merge_sources import Source, Tensors, check_alike, checkpoints_of
 from gemb.jobs.merge_streaming import Merge
 from gemb.jobs.record import versions
 from gemb.model.folder import fingerprint, is_fingerprinted, read_folder
-from gemb.recipe import resolved
+from gemb.recipe import resolved, shipped_recipes
 from gemb.report import Event, OnProgress, Plan, Report, Table, counted, ignore
 
 __all__ = ["Ingredient", "MergeRecipe", "plan", "run"]
@@ -86,6 +94,21 @@ class _Written:
     """The fingerprints of the models, and of the base behind them; None of the checkpoints of a run."""
 
 
+def split_words(words: Sequence[str], recipe: str | None) -> tuple[str | None, list[str]]:
+    """(recipe, models) of what stands on the command line.
+
+    A first word that ends in .yaml or .yml, or that is the name of one of gemb's recipes and of no folder, is
+    a recipe; models behind it take the place of the recipe's own.
+    """
+    if recipe is None and words:
+        first, *models = words
+        if first.endswith((".yaml", ".yml")):
+            return first, models
+        if not Path(first).exists() and any(first == one.name for one in shipped_recipes()):
+            return first, models
+    return recipe, list(words)
+
+
 def plan(recipe: MergeRecipe) -> Plan:
     """What `run` would do, for --dry-run; models are opened and compared, nothing is written.
 
@@ -96,7 +119,7 @@ def plan(recipe: MergeRecipe) -> Plan:
     rows = [
         ("method", _method_shown(recipe)),
         *_ingredient_rows(setup),
-        ("weights", f"{setup.size_bytes / 1e9:.2f} GB to write"),
+        ("weights", f"{readable_bytes(setup.size_bytes)} to write"),
     ]
     if recipe.choose is not None:
         rows.append(("choose", f"{recipe.choose}, {counted(recipe.budget, 'merged model')} at most"))
@@ -291,7 +314,8 @@ def _write(setup: _Setup, merge: Merge, place: Path, on_progress: OnProgress) ->
             ]
             output = PassingDigests(pool)
             for part, weights in parts.items():
-                merge.write(part, weights, place / part / "model.safetensors", tell, ingredients, output)
+                path = place / part / "model.safetensors"
+                merge.write(part, weights, path, tell, ingredients, output, pool)
             digests = [{} if passing is None else passing.finish() for passing in ingredients]
             output_digests = output.finish()
     finally:
@@ -385,7 +409,8 @@ def _report(
 
 def _notes(setup: _Setup) -> list[str]:
     """What the user should know of the models."""
-    notes = []
+    places = Counter(source.folder.path.resolve() for source in setup.sources if source.checkpoint is None)
+    notes = [f"{place} is given {count} times" for place, count in places.items() if count > 1]
     for source in setup.sources:
         record = source.folder.path / "gemb.json"
         trained = read_json(record).get("qat") if record.is_file() else None

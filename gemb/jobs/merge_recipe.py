@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator
 from gemb.errors import GembError
 from gemb.merging.catalogue import METHODS, Method, MethodName, TensorSettings, Variant
 from gemb.recipe import ModelName, Recipe, RecipeInput, RecipePath
+from gemb.report import counted
 
 Gradient: TypeAlias = float | tuple[float, ...]
 """One number, or several that stand at equal distances from the first layer to the last."""
@@ -185,9 +186,8 @@ class MergeRecipe(Recipe):
                 f"{'is' if len(others) == 1 else 'are'} given; name more, or a run's checkpoints by --last"
             )
         if self.weights and len(self.weights) != len(others):
-            raise GembError(
-                f"there are {len(self.weights)} weights for {len(others)} models; give one a model"
-            )
+            weights_given, models_given = counted(len(self.weights), "weight"), counted(len(others), "model")
+            raise GembError(f"{weights_given} for {models_given}; give one a model")
         return others
 
     def settings(self, tensor: str, layers: int, weights: Sequence[float] = ()) -> TensorSettings:
@@ -253,6 +253,8 @@ class MergeRecipe(Recipe):
             total = sum(settings.weights)
             if abs(total) < 1e-8:
                 raise GembError(f"the weights sum to {total:g} at {tensor}; their sum divides, so change one")
+        if self.merge_method == "slerp" and not 0 <= settings.share <= 1:
+            raise GembError(f"t is {settings.share:g}; it must be from 0, the first model, to 1, the second")
         if self.method.thinning == "nothing":
             return
         for density, epsilon in zip(settings.densities, settings.epsilons, strict=True):

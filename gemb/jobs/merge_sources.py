@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from gemb.errors import GembError, MismatchError, UnavailableError
 from gemb.model.folder import ModelFolder, read_folder
 from gemb.model.hub import find_model
 from gemb.model.weights import DTYPE_NAMES, TensorSpec, Weights, read_header
+from gemb.report import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,8 +136,13 @@ def _differences(first: Source, other: Source) -> Iterator[str]:
     for mine, its in zip(one.modules, two.modules, strict=True):
         if _part(one, mine.folder) != _part(two, its.folder):
             yield f"module {_part(two, its.folder)!r}, not {_part(one, mine.folder)!r}"
-        elif mine.settings != its.settings:
-            yield f"{mine.kind} is {its.settings}, not {mine.settings}"
+        elif mine.settings is not None and its.settings is not None:
+            # `pooling is cls, not mean`, and `pooling include_prompt is false, not true`.
+            one_by_name, two_by_name = (
+                {"" if name == "modes" else f" {name}": value for name, value in asdict(settings).items()}
+                for settings in (mine.settings, its.settings)
+            )
+            yield from _unequal(mine.kind, one_by_name, two_by_name)
     yield from _unequal("config.json: ", _counting(one.config), _counting(two.config))
     yield from _unequal("prompt ", one.prompts, two.prompts)
     for what in ("default_prompt", "similarity", "truncate_dims", "max_tokens", "do_lower_case"):
@@ -152,7 +158,8 @@ def _unequal_tensors(mine: Tensors, its: Tensors) -> Iterator[str]:
     more = [name for name in its if name not in mine]
     for names, what in ((missing, "lacks"), (more, "has, beyond the other,")):
         if names:
-            yield f"{what} {len(names)} tensors: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            yield f"{what} {counted(len(names), 'tensor')}: {shown}"
     for name in mine:
         if name not in its:
             continue
@@ -167,8 +174,15 @@ def _unequal_tensors(mine: Tensors, its: Tensors) -> Iterator[str]:
 
 def _unequal(what: str, mine: Mapping[str, Any], its: Mapping[str, Any]) -> Iterator[str]:
     for key in sorted(mine.keys() | its.keys()):
-        if mine.get(key) != its.get(key):
-            yield f"{what}{key} is {_shown(its.get(key))}, not {_shown(mine.get(key))}"
+        one, two = mine.get(key), its.get(key)
+        if one == two:
+            continue
+        if one is None:
+            yield f"{what}{key} is {_shown(two)}, and the first has none"
+        elif two is None:
+            yield f"{what}{key} is not there, and {_shown(one)} in the first"
+        else:
+            yield f"{what}{key} is {_shown(two)}, not {_shown(one)}"
 
 
 def _counting(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +194,10 @@ def _counting(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(value: object) -> str:
-    return "not there" if value is None else repr(value)
+    """A value of a file as a file has it: names of a list without quotes, true and false."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
 
 
 def _same_tokenizer(mine: Path, its: Path) -> bool:

@@ -11,9 +11,11 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, wait
+from io import RawIOBase
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import orjson
 
@@ -25,6 +27,7 @@ from gemb.jobs.merge_sources import Tensors, full_name, is_number
 from gemb.merging.catalogue import TensorSettings
 from gemb.model.identity import not_finite
 from gemb.model.weights import DTYPE_NAMES, ITEM_BYTES, TensorSpec, Weights
+from gemb.recipe import origin
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +39,8 @@ BLOCK_BYTES, WHOLE_BYTES = 30, 60
 """What one entry of each model and of the base takes at work, in blocks and as a whole tensor: the most that
 was measured of any method, of float32 and bfloat16 models."""
 _ROWS_TOGETHER = 16
+_SENT_TOGETHER = 1 << 27
+"""Bytes after which a file that is being written is sent to the disk."""
 _DTYPES: Mapping[str, str] = {name: short for short, name in DTYPE_NAMES.items()}
 _TABLES = re.compile(r"(embed_tokens|word_embeddings|shared|lm_head|decoder|wte)\.weight$")
 """Names of tensors that some families store twice."""
@@ -107,11 +112,13 @@ class Merge:
         on_tensor: Callable[[str], None],
         ingredients: Sequence[PassingDigests | None] = (),
         output: PassingDigests | None = None,
+        pool: Executor | None = None,
     ) -> int:
         """Write the merged tensors of a part, in the order of its file; gives the bytes of the numbers.
 
         The blocks that are read pass by `ingredients`, of the models and then of the base, None where nobody
-        asks for digests; those that are written pass by `output`.
+        asks for digests; those that are written pass by `output`. A `pool` writes a block while the next one
+        is merged.
 
         Raises UnavailableError where a number of a model is not finite, GembError where the dtype cannot hold
         a result, MachineError where the disk is full.
@@ -131,8 +138,8 @@ class Merge:
         text = orjson.dumps(header)
         text += b" " * (-len(text) % 8)  # numbers begin at a multiple of 8, as safetensors itself has it
         start = 8 + len(text)
-        with os_errors_explained(path), path.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
+        with os_errors_explained(path), path.open("wb", buffering=0) as file, _Behind(file, pool) as behind:
+            behind.write(memoryview(struct.pack("<Q", len(text)) + text))
             for name in weights:
                 full = full_name(part, name)
                 on_tensor(full)
@@ -142,12 +149,11 @@ class Merge:
                 if output is not None:
                     output.begin(full, TensorSpec(name, dtype, spec.shape, path, start, stop))
                 for block in self._merged(full, ingredients):
-                    file.write(bytes_of(block))
+                    behind.write(bytes_of(block))
                     if output is not None:
                         output.take(block)
                 start = stop
-            file.flush()
-            sync_to_disk(file.fileno())
+            behind.finish()
         return position
 
     def _merged(self, name: str, ingredients: Sequence[PassingDigests | None]) -> Iterator[Tensor]:
@@ -307,8 +313,11 @@ class Merge:
         for text in self._recipe.filters():
             if not any(text in name for name in self._names):
                 words = {part for name in self._names for part in name.split(".") if not part.isdigit()}
-                raise MismatchError(
-                    f"the filter {text!r} is in no tensor's name; names have {', '.join(sorted(words))}"
+                source = origin(self._recipe).source
+                place = "" if source is None else f"{source}: "
+                raise GembError(
+                    f"{place}the filter {text!r} is in no tensor's name; "
+                    f"names have {', '.join(sorted(words))}"
                 )
 
     def _not_finite(self, name: str, blocks: Sequence[Tensor], dtype: str) -> GembError:
@@ -324,6 +333,51 @@ class Merge:
             f"the merged {name} is too large for {dtype.removeprefix('torch.')}; "
             "take dtype: float32, or smaller weights"
         )
+
+
+class _Behind:
+    """Writes blocks to a file in their order, by a `pool` where there is one, one block behind the caller.
+
+    What was written is sent to the disk on the way, so that `finish` has little to wait for.
+    """
+
+    def __init__(self, file: RawIOBase, pool: Executor | None) -> None:
+        self._file = file
+        self._pool = pool
+        self._writing: Future[None] | None = None
+        self._sending: Future[None] | None = None
+        self._unsent = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nobody writes to the file any more."""
+        wait([one for one in (self._writing, self._sending) if one is not None])
+
+    def write(self, data: memoryview) -> None:
+        """Write `data`, which must not change any more. Raises OSError of this block or the one before."""
+        if self._pool is None:
+            self._write(data)
+            return
+        if self._writing is not None:
+            self._writing.result()
+        self._writing = self._pool.submit(self._write, data)
+        self._unsent += data.nbytes
+        if self._unsent >= _SENT_TOGETHER and (self._sending is None or self._sending.done()):
+            self._sending = self._pool.submit(sync_to_disk, self._file.fileno())
+            self._unsent = 0
+
+    def finish(self) -> None:
+        """Returns once all blocks are on the disk. Raises OSError where one is not."""
+        for one in (self._writing, self._sending):
+            if one is not None:
+                one.result()
+        sync_to_disk(self._file.fileno())
+
+    def _write(self, data: memoryview) -> None:
+        while data.nbytes:
+            data = data[self._file.write(data) or 0 :]
 
 
 def _is_whole(recipe: MergeRecipe, settings: TensorSettings) -> bool:

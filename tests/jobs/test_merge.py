@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemb.engine.encoder import Encoder
 from gemb.errors import Exit, GembError, MachineError, MismatchError, UnavailableError
-from gemb.jobs.merge import MergeRecipe, plan, run
+from gemb.jobs.merge import MergeRecipe, plan, run, split_words
 from gemb.jobs.merge_scores import Scored, scored
 from gemb.jobs.merge_streaming import BLOCK_ENTRIES
 from gemb.merging.averages import soup
@@ -566,7 +567,13 @@ def test_a_run_with_too_few_checkpoints_says_how_to_keep_them(models: Path, tmp_
             GembError,
             "the weights sum to 0 at {first}; their sum divides, so change one",
         ),
-        ("ab", {"weights": [1]}, GembError, "there are 1 weights for 2 models; give one a model"),
+        ("ab", {"weights": [1]}, GembError, "1 weight for 2 models; give one a model"),
+        (
+            "ab",
+            {"merge_method": "slerp", "parameters": {"t": 7}},
+            GembError,
+            "t is 7; it must be from 0, the first model, to 1, the second",
+        ),
         (
             "abc",
             {"merge_method": "slerp"},
@@ -645,9 +652,17 @@ def test_weights_that_are_no_number_are_refused(models: Path, tmp_path: Path) ->
 
 def test_an_unknown_filter_is_told_with_the_words_of_the_names(models: Path, tmp_path: Path) -> None:
     weight = [{"filter": "self_atn", "value": 1}, {"value": 2}]
-    with pytest.raises(MismatchError) as caught:
+    with pytest.raises(GembError) as caught:
         run(recipe(models, tmp_path / "out", "a", "b", parameters={"weight": weight}))
-    assert str(caught.value).startswith("the filter 'self_atn' is in no tensor's name; names have 2_Dense, ")
+    said = "the filter 'self_atn' is in no tensor's name; names have 2_Dense, "
+    assert str(caught.value).startswith(said)
+    file = tmp_path / "f.yaml"
+    values = {"models": [str(models / "a"), str(models / "b")], "parameters": {"weight": weight}}
+    file.write_text(yaml.safe_dump(values), "utf-8")
+    with pytest.raises(GembError) as caught:
+        run(load(file, MergeRecipe, (), {"output": tmp_path / "out"}))
+    assert str(caught.value).startswith(f"{file}: {said}")
+    assert caught.value.exit_code == Exit.USAGE
 
 
 @pytest.fixture
@@ -677,8 +692,8 @@ def test_missing_tensors_are_refused_by_name(models: Path, altered: Path) -> Non
     weights["rope.table"] = weights.pop(FROZEN)
     save_file(weights, file)
     assert refused(models, altered) == [
-        f"lacks 1 tensors: {FROZEN}",
-        "has, beyond the other, 1 tensors: rope.table",
+        f"lacks 1 tensor: {FROZEN}",
+        "has, beyond the other, 1 tensor: rope.table",
     ]
 
 
@@ -688,9 +703,39 @@ def test_other_prompts_and_another_pooling_are_refused_together(models: Path, al
     file = altered / "1_Pooling/config.json"
     file.write_text(file.read_text().replace('"include_prompt": true', '"include_prompt": false'))
     pooling, prompt = refused(models, altered)
-    assert "include_prompt=False" in pooling
-    assert pooling.startswith("pooling is PoolingSettings(")
+    assert pooling == "pooling include_prompt is false, not true"
+    file.write_text(
+        file.read_text().replace('"pooling_mode_mean_tokens": true', '"pooling_mode_cls_token": true')
+    )
+    assert "pooling is cls, not mean" in refused(models, altered)
     assert prompt == "prompt document is 'w12 ', not 'w11 '"
+
+
+def test_a_prompt_that_one_model_lacks_is_told_in_words(models: Path, altered: Path) -> None:
+    file = altered / "config_sentence_transformers.json"
+    config = json.loads(file.read_text())
+    config["prompts"] = {"query": config["prompts"].get("query", "w12 "), "other": "w13 "}
+    file.write_text(json.dumps(config))
+    told = refused(models, altered)
+    assert "prompt document is not there, and 'w11 ' in the first" in told
+    assert "prompt other is 'w13 ', and the first has none" in told
+
+
+def test_a_model_that_is_given_twice_is_noted_and_sizes_are_in_bytes(models: Path, tmp_path: Path) -> None:
+    planned = plan(recipe(models, tmp_path / "out", "a", "a"))
+    assert planned.data["notes"] == [f"{models / 'a'} is given 2 times"]
+    assert dict(planned.rows)["weights"].endswith("iB to write")
+    assert plan(recipe(models, tmp_path / "out", "a", "b")).data["notes"] == []
+
+
+def test_a_first_word_may_be_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert split_words(["merge/soup", "a", "b"], None) == ("merge/soup", ["a", "b"])
+    assert split_words(["ties.yaml"], None) == ("ties.yaml", [])
+    assert split_words(["a", "merge/soup"], None) == (None, ["a", "merge/soup"])
+    assert split_words(["merge/soup"], "mine.yaml") == ("mine.yaml", ["merge/soup"])
+    (tmp_path / "merge/soup").mkdir(parents=True)
+    assert split_words(["merge/soup", "a"], None) == (None, ["merge/soup", "a"])
 
 
 def test_another_tokenizer_is_refused(models: Path, altered: Path) -> None:
