@@ -568,6 +568,7 @@ def test_rounded_activations_are_refused(gemma: Path, tmp_path: Path) -> None:
     file = tmp_path / "mixed" / "model.safetensors"
     name = "layers.0.mlp.up_proj.input_activation_scale"
     save_file({**load_file(file), name: torch.tensor(0.5)}, file)
+    (tmp_path / "mixed" / "gemb.json").unlink()  # it has the checksum of the file as it was
     with pytest.raises(MismatchError) as caught:
         Encoder.load(tmp_path / "mixed", device="cpu")
     assert str(caught.value) == (
