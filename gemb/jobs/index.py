@@ -116,12 +116,13 @@ class IndexRecipe(InferenceRecipe):
         return value
 
 
-def plan(recipe: IndexRecipe, *, overwrite: bool = False) -> Plan:
-    """What `run` would do, for --dry-run: documents, tokens, sizes and device. Writes nothing.
+def plan(recipe: IndexRecipe, *, overwrite: bool = False, open_engine: OpenEngine | None = None) -> Plan:
+    """What `run` would do, for --dry-run: documents, tokens, sizes, device and time. Writes nothing.
 
-    Raises GembError as `run` does before its model is loaded.
+    Raises GembError as `run` does before its first text is embedded.
     """
-    return make_plan(prepare(recipe, overwrite=overwrite, announce=lambda line: None))
+    setup = prepare(recipe, overwrite=overwrite, announce=lambda line: None)
+    return make_plan(setup, open_engine or open_torch_engine)
 
 
 def run(

@@ -11,20 +11,22 @@ from itertools import islice
 import numpy as np
 
 from gemb.device import all_devices, pick
+from gemb.engine.opening import stdout_guarded
 from gemb.engine.windows import Refusal
 from gemb.errors import GembError
 from gemb.files import free_bytes, readable_bytes
 from gemb.jobs.index_adding import repeat_of
 from gemb.jobs.index_graph import graph_note
-from gemb.jobs.index_setup import Encoding, IndexSetup, document_of
-from gemb.jobs.planning import COUNT_SECONDS, SAMPLE_RECORDS
-from gemb.jobs.reporting import shown_prompt
+from gemb.jobs.index_setup import Encoding, IndexSetup, OpenEngine, document_of
+from gemb.jobs.planning import COUNT_SECONDS, SAMPLE_RECORDS, speed_of
+from gemb.jobs.reporting import duration_of, shown_prompt
 from gemb.report import Plan, counted
 from gemb.retrieval.index_model import shown_model
 from gemb.store import Document, Index
 from gemb.store.graph import GraphShape, expected_bytes
 from gemb.store.writer import GRAPH_ROWS
 from gemb.text.records import EMPTY_TEXT, Record, Reject, read_records
+from gemb.text.tokenisation import Encoded
 
 _CATALOGUE_BYTES = 200
 """Of a document in the catalogue, besides its texts: id, hash, checksums, and the pages' own bytes."""
@@ -60,8 +62,11 @@ class _Survey:
     """The first of those to embed."""
 
 
-def make_plan(setup: IndexSetup) -> Plan:
-    """A plan from reading all records, comparing them with the index, and tokenising a few."""
+def make_plan(setup: IndexSetup, open_engine: OpenEngine) -> Plan:
+    """A plan from reading all records, comparing them with the index, and computing a few.
+
+    Where nothing is to be embedded, no model is loaded.
+    """
     with ExitStack() as stack:
         index = None
         if setup.exists and setup.vectors is None:
@@ -69,7 +74,8 @@ def make_plan(setup: IndexSetup) -> Plan:
         survey = _survey(setup, index)
         gone = None if index is None else index.state.documents - survey.kept
     documents, sample = survey.to_embed, survey.sample
-    tokens_a_document, rows_a_document = _sampled(setup.encoding, sample)
+    tokens_a_document, rows_a_document, encoded = _sampled(setup.encoding, sample)
+    tokens = tokens_a_document * documents
     rows = round(documents * rows_a_document)
     characters = sum(len(record.text.encode()) for record in sample) / max(1, len(sample))
     needed = _bytes(setup, rows) + round(documents * (_CATALOGUE_BYTES + _TEXT_FACTOR * characters))
@@ -93,8 +99,20 @@ def make_plan(setup: IndexSetup) -> Plan:
             pick(name, recipe.precision, recipe.threads).line for name in all_devices(recipe.device)
         )
         shown += [("prompt", shown_prompt(setup.encoding.template)), ("device", device)]
-    if sample:
-        shown.append(("tokens", f"about {tokens_a_document * documents:,.0f}, in {about}{rows:,} passages"))
+    seconds = None
+    if setup.encoding is not None and encoded is not None:
+        with stdout_guarded():
+            engine = open_engine(setup, setup.encoding, lambda line: None)
+        try:
+            speed = speed_of(engine, encoded)
+        finally:
+            engine.close()
+        seconds = tokens / speed
+        passages = counted(rows, "passage")
+        shown += [
+            ("tokens", f"about {tokens:,.0f}, in {about}{passages}"),
+            ("time", f"about {duration_of(seconds)}, at {speed:,.0f} tokens/s"),
+        ]
     if survey.refused:
         refused = counted(survey.refused, "row")
         reasons = f"{refused} cannot be read; see --on-error\nthe first is {survey.first_refused}"
@@ -117,7 +135,8 @@ def make_plan(setup: IndexSetup) -> Plan:
         "refused": survey.refused,
         "first_refused": survey.first_refused or None,
         "rows": rows,
-        "tokens": round(tokens_a_document * documents),
+        "tokens": round(tokens),
+        "seconds": None if seconds is None else round(seconds, 3),
         "bytes_needed": needed,
         "bytes_free": free,
         "dims": settings.dims,
@@ -219,17 +238,18 @@ def _compared(setup: IndexSetup, survey: _Survey, gone: int, notes: list[str]) -
     return f"{told}, {gone:,} to be removed", gone
 
 
-def _sampled(encoding: Encoding | None, sample: list[Record]) -> tuple[float, float]:
-    """Tokens and rows a document, by the first records.
+def _sampled(encoding: Encoding | None, sample: list[Record]) -> tuple[float, float, Encoded | None]:
+    """Tokens and rows a document, by the first records, and those that have tokens as the model takes them.
 
     How full passages are depends on where the texts can be divided, so some are divided.
     """
     if encoding is None or not sample:
-        return 0.0, 1.0
+        return 0.0, 1.0, None
     tokeniser = encoding.load_tokeniser()
     encoded = tokeniser.encode([encoding.template.render(record.text, record.title) for record in sample])
+    computed = encoded.take(np.flatnonzero(encoded.lengths)) if encoded.lengths.any() else None
     if encoding.passages is None:
-        return float(encoded.lengths.mean()), 1.0
+        return float(encoded.lengths.mean()), 1.0, computed
     whole = encoded.lengths.astype(np.int64) + encoded.lost
     is_long = encoded.lost > 0
     divided = divided_tokens = passages = 0
@@ -249,7 +269,7 @@ def _sampled(encoding: Encoding | None, sample: list[Record]) -> tuple[float, fl
         if time.monotonic() > stop_at:
             break
     rows = int((~is_long).sum()) + (passages * float(whole[is_long].sum()) / divided_tokens if divided else 0)
-    return float(whole.mean()), rows / len(sample)
+    return float(whole.mean()), rows / len(sample), computed
 
 
 def _bytes(setup: IndexSetup, rows: int) -> int:

@@ -18,6 +18,7 @@ from gemb.model.folder import fingerprint
 from gemb.report import Plan, counted
 from gemb.text.batches import token_batches
 from gemb.text.records import Record, read_records
+from gemb.text.tokenisation import Encoded
 from gemb.vectors.layout import estimated_bytes, output_files
 
 SAMPLE_RECORDS = 2000
@@ -117,13 +118,18 @@ def _shown_inputs(names: Sequence[str]) -> str:
 
 
 def _sampled(setup: Setup, engine: Engine, sample: list[Record]) -> tuple[float, float]:
-    """(tokens a row, tokens a second) of the first records, computed for about COMPUTE_SECONDS."""
+    """(tokens a row, tokens a second) of the first records."""
     if not sample:
         return 0.0, 0.0
     encoded = setup.tokeniser.encode(
         [setup.template.render(record.text, record.title) for record in sample],
         prompt_tokens=setup.prompt_tokens,
     )
+    return float(encoded.lengths.mean()), speed_of(engine, encoded)
+
+
+def speed_of(engine: Engine, encoded: Encoded) -> float:
+    """Tokens a second, from computing texts of `encoded`, at least one token long, for COMPUTE_SECONDS."""
     batches = token_batches(encoded.take(np.flatnonzero(encoded.lengths)), engine.batch_tokens)
     stop = threading.Event()
     # The median batch first and last: the longest alone would not be typical.
@@ -135,4 +141,4 @@ def _sampled(setup: Setup, engine: Engine, sample: list[Record]) -> tuple[float,
         tokens += len(batch.ids)
         if time.monotonic() - began > COMPUTE_SECONDS:
             stop.set()
-    return float(encoded.lengths.mean()), tokens / max(1e-9, time.monotonic() - began)
+    return tokens / max(1e-9, time.monotonic() - began)

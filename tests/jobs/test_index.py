@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -1013,7 +1014,8 @@ def test_a_plan_counts_and_writes_nothing(bench: Bench) -> None:
     recipe = IndexRecipe(
         inputs=(str(source),), output=bench.path, model=str(bench.model), device="cpu", threads=1, onnx=False
     )
-    plan = job.plan(recipe)
+    plan = job.plan(recipe, open_engine=bench.open_engine)
+    assert re.fullmatch(r"about [0-9.]+ s, at [0-9,]+ tokens/s", dict(plan.rows)["time"])
     assert plan.title == f"would index 21 documents into {bench.path}"
     assert {name: plan.data[name] for name in ("documents", "refused", "rows", "dims", "dtype")} == {
         "documents": 21, "refused": 1, "rows": 23, "dims": 8, "dtype": "f16",
@@ -1032,7 +1034,8 @@ def plan_of(bench: Bench, source: Path, **settings: Any) -> Plan:  # noqa: ANN40
             threads=1,
             onnx=False,
             **settings,
-        )
+        ),
+        open_engine=bench.open_engine,
     )
 
 
@@ -1053,10 +1056,10 @@ def test_a_plan_of_an_index_that_is_there_tells_what_is_new_changed_and_to_be_re
     report = bench.run(source, prune=True, on_error="skip")
     done = [report.data[name] for name in ("added", "changed", "unchanged", "removed")]
     assert done == [1, 2, 13, 4]
-    source = bench.write(rows[:3])
-    assert dict(plan_of(bench, source).rows)["documents"] == (
-        "0 new, 0 changed, 3 unchanged; 14 not in the input stay, see --prune"
-    )
+    source, engines = bench.write(rows[:3]), len(bench.engines)
+    told = dict(plan_of(bench, source).rows)
+    assert told["documents"] == "0 new, 0 changed, 3 unchanged; 14 not in the input stay, see --prune"
+    assert ("tokens" in told, "time" in told, len(bench.engines)) == (False, False, engines)
 
 
 def test_a_plan_that_would_prune_nothing_says_so(bench: Bench) -> None:
