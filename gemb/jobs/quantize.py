@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import yaml
 from pydantic import Field
@@ -33,7 +33,7 @@ from gemb.files import (
     write_json,
 )
 from gemb.jobs.quantize_exports import Export, Format, GgufType, gguf_export, packed_export, plain_export
-from gemb.jobs.quantize_gate import Gate, measure
+from gemb.jobs.quantize_gate import Gate, Measured, measure
 from gemb.jobs.quantize_onnx import OnnxWeights, check_onnx, with_graph
 from gemb.jobs.quantize_source import History
 from gemb.jobs.record import versions
@@ -49,6 +49,7 @@ __all__ = ["QuantizeRecipe", "plan", "run"]
 VERSION = 1
 """Of the gemb.json in an exported folder."""
 _DEFAULT: Format = "int8"
+_SOURCE = "the source"
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".gguf", ".onnx", ".onnx_data"})
 
 
@@ -102,6 +103,11 @@ class _Setup:
         """Whether the output is one GGUF file, not a folder."""
         return self.recipe.gguf is not None
 
+    @property
+    def trained_grid(self) -> WeightFormat | None:
+        """The grid on which the source is compared: that it was trained for, unless the export has floats."""
+        return None if self.export.grid is None else self.history.trained_for
+
 
 def plan(recipe: QuantizeRecipe) -> Plan:
     """What `run` would write, for --dry-run; headers, configs and a few rows are read, nothing is written.
@@ -139,7 +145,7 @@ def run(recipe: QuantizeRecipe, on_progress: OnProgress = ignore) -> Report:
         _write(setup, place, on_progress)
         gate = Gate(
             setup.tasks,
-            _measured(setup, setup.source.path, "the source", on_progress),
+            _measured_source(setup, on_progress),
             _measured(setup, place, "the export", on_progress),
         )
         gate.check(setup.export.label, recipe.max_drop)
@@ -194,7 +200,7 @@ def _check_choices(recipe: QuantizeRecipe, output: Path) -> None:
         raise GembError(f"{output} exists; choose another path for the model, or move it away")
 
 
-def _export(recipe: QuantizeRecipe, source: ModelFolder, trained_for: str | None) -> Export:
+def _export(recipe: QuantizeRecipe, source: ModelFolder, trained_for: WeightFormat | None) -> Export:
     """The export that the recipe asks for."""
     if recipe.onnx is not None:
         without = recipe.model_copy(update={"onnx": None, "format": recipe.onnx})
@@ -208,8 +214,7 @@ def _export(recipe: QuantizeRecipe, source: ModelFolder, trained_for: str | None
         return packed_export(source)
     if wanted != "unquantized":
         return plain_export(source, wanted, None)
-    known: Mapping[str, WeightFormat] = {"int4": "int4", "int8": "int8", "mixed": "mixed"}
-    return plain_export(source, wanted, recipe.grid or known.get(trained_for or "", "int4"))
+    return plain_export(source, wanted, recipe.grid or trained_for or "int4")
 
 
 def _trained(setup: _Setup) -> dict[str, object]:
@@ -260,9 +265,22 @@ def _write(setup: _Setup, place: Path, on_progress: OnProgress) -> None:
         torch.set_num_threads(threads)
 
 
-def _measured(setup: _Setup, folder: Path, name: str, on_progress: OnProgress) -> Any:  # noqa: ANN401
+def _measured_source(setup: _Setup, on_progress: OnProgress) -> Measured:
+    """The source as it was trained: on its grid if there is one, since nobody scored its floats."""
+    from gemb.model.trainable.saving import unfinished
+
+    grid = setup.trained_grid
+    if grid is None:
+        return _measured(setup, setup.source.path, _SOURCE, on_progress)
+    on_grid = replace(setup, export=plain_export(setup.source, "unquantized", grid))
+    with unfinished(setup.output) as place:
+        _write(on_grid, place, on_progress)
+        return _measured(on_grid, place, _SOURCE, on_progress)
+
+
+def _measured(setup: _Setup, folder: Path, name: str, on_progress: OnProgress) -> Measured:
     recipe = setup.recipe
-    runs_graph = recipe.onnx is not None and folder != setup.source.path
+    runs_graph = recipe.onnx is not None and name != _SOURCE
     with stdout_guarded():
         encoder = Encoder.load(
             folder,
@@ -291,7 +309,10 @@ def _size_rows(setup: _Setup) -> list[tuple[str, str]]:
 
 def _report(setup: _Setup, gate: Gate, made_from: str, identity: str, place: Path, seconds: float) -> Report:
     export = setup.export
-    rows = [*_size_rows(setup), *export.rows, *gate.rows]
+    rows = [*_size_rows(setup), *export.rows]
+    if setup.trained_grid is not None:
+        rows.append(("compared", f"with the source on the grid of {setup.trained_grid}, as it was trained"))
+    rows += gate.rows
     if gate.tasks:
         rows.append(("score", f"{gate.export.mean:.4f}, the source {gate.source.mean:.4f}"))
     data: dict[str, object] = {

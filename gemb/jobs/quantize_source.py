@@ -1,6 +1,6 @@
 """What a model that is to be quantised went through before: the grid it was trained for, that it lies on.
 
-Rounding twice costs twice, and a wider grid brings nothing back: `warnings_of` says so, with the loss.
+Rounding twice costs twice, and a wider grid brings nothing back: `History.warning` says so, with the loss.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _ROWS = 4
 """Rows of a tensor that are looked at: of floats that were never rounded, not one lies on a grid."""
+_FORMATS: tuple[WeightFormat, ...] = ("int4", "int8", "mixed")
 _GGUF_OF: Mapping[str, str] = {"int4": "--gguf q4_0", "int8": "--gguf q8_0"}
 
 
@@ -26,7 +27,7 @@ _GGUF_OF: Mapping[str, str] = {"int4": "--gguf q4_0", "int8": "--gguf q8_0"}
 class History:
     """What became of the weights of a model before."""
 
-    trained_for: str | None
+    trained_for: WeightFormat | None
     """The grid that it was trained for, as its gemb.json says."""
     rounded_to: WeightFormat | None
     """The grid that its weights lie on."""
@@ -66,10 +67,11 @@ class History:
         return None
 
 
-def trained_for(folder: ModelFolder) -> str | None:
+def trained_for(folder: ModelFolder) -> WeightFormat | None:
     """The grid that `folder` was trained for, as its gemb.json says; None if for none."""
     file = folder.path / "gemb.json"
-    return _inner(read_json(file), "qat", "format") if file.exists() else None
+    told = _inner(read_json(file), "qat", "format") if file.exists() else None
+    return next((one for one in _FORMATS if one == told), None)
 
 
 def rounded_to(folder: ModelFolder) -> WeightFormat | None:
@@ -88,8 +90,7 @@ def rounded_to(folder: ModelFolder) -> WeightFormat | None:
         for role in [role_of(name, weights.shape(name))]
         if role is not None
     ]
-    formats: tuple[WeightFormat, ...] = ("int4", "int8", "mixed")
-    on = (one for one in formats if all(_lies_on(*each[:2], grid_of(each[2], one)) for each in tensors))
+    on = (one for one in _FORMATS if all(_lies_on(*each[:2], grid_of(each[2], one)) for each in tensors))
     return next(on, None) if tensors else None
 
 

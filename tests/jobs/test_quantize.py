@@ -274,6 +274,19 @@ def test_a_model_trained_for_another_grid_is_told_with_its_loss(gemma: Path, tmp
     assert grid.endswith("that of int4")
 
 
+def test_a_model_trained_for_a_grid_is_compared_as_it_was_trained(gemma: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(gemma, tmp_path / "source")
+    floats = quantised(source, tmp_path / "floats-int4", format="int4")
+    assert "compared" not in rows(floats)
+    (source / "gemb.json").write_text('{"qat": {"format": "int4", "start": 0.5}}')
+    report = quantised(source, tmp_path / "int4", format="int4", max_drop=1e-6)
+    assert rows(report)["compared"] == "with the source on the grid of int4, as it was trained"
+    assert report.data["gate"]["cosine_min"] == pytest.approx(1.0, abs=1e-6)
+    assert floats.data["gate"]["cosine_min"] < 0.9999
+    assert "compared" not in rows(quantised(source, tmp_path / "f32", format="f32"))
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "floats-int4", "int4", "f32"}
+
+
 def test_the_advice_for_a_model_trained_for_another_grid_is_of_the_kind_that_was_asked_for(
     tmp_path: Path,
 ) -> None:
