@@ -261,7 +261,7 @@ def _sampled(encoding: Encoding | None, sample: list[Record]) -> tuple[float, fl
             return encoding.template.render(body, title)
 
         text = record.text[:_DIVIDED_CHARACTERS]
-        share = len(text) / len(record.text)
+        share = len(text) / len(record.text) if text else 1.0  # else a title alone
         overlap = encoding.passages.overlap
         passages += len(tokeniser.passages(text, render, overlap_tokens=overlap))
         divided_tokens += round(share * int(whole[place]))

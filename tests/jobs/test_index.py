@@ -1084,6 +1084,11 @@ def test_a_plan_counts_passages_as_long_texts_are_really_divided(bench: Bench) -
     assert planned == bench.run(source).data["rows"]
 
 
+def test_a_plan_bears_a_long_title_without_a_text(bench: Bench) -> None:
+    source = bench.write([{"id": "a", "title": words(*range(40)), "text": ""}])
+    assert plan_of(bench, source).data["rows"] == 1
+
+
 def test_progress_counts_records_up_to_all_of_them(bench: Bench) -> None:
     bench.run(bench.write(rows_of(30)))
     last = [event for event in bench.events if event.stage == "indexing"][-1]
