@@ -54,7 +54,10 @@ class Trainable(Protocol):
 class Optimizer(Protocol):
     """What the loop asks of an optimizer, as torch.optim has it."""
 
-    param_groups: list[dict[str, Any]]
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameters in groups, each with its learning rate `lr`, which may be changed."""
+        ...
 
     def step(self) -> object:
         """Change the weights by their gradients."""
@@ -370,17 +373,20 @@ class Training(Generic[B]):
 
     def save(self) -> None:
         """Write a checkpoint of the state now, on the first rank."""
+        # Every rank gives its part of these.
+        optimizer = self.optimizer.state_dict()
+        average = self.average.state_dict() if self.average is not None else None
         if self.ranks.is_first:
             if self.metrics is not None:
                 self.metrics.sync()
-            tensors, layout = flatten_state(self.optimizer.state_dict())
+            tensors, layout = flatten_state(optimizer)
             files = {
                 "weights": self._changing_weights(),
                 "optimizer": tensors,
                 "random": RandomState.of(self.device).tensors(),
             }
-            if self.average is not None:
-                files["average"] = self.average.state_dict()
+            if average is not None:
+                files["average"] = average
             state = {**self.progress.as_json(), "optimizer": layout}
             self.checkpoints.save(self.progress.step, files, state, self.progress.best_step)
         self.ranks.wait()

@@ -231,6 +231,11 @@ class MovingAverage:
         share = 1 - min(self._decay, (1 + count) / (10 + count))
         torch._foreach_lerp_(list(self._averages.values()), list(self._parameters.values()), share)
 
+    @staticmethod
+    def parameter_of(key: str) -> str:
+        """The name of the parameter that an entry of the state is of, where it is of one."""
+        return key
+
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by name, and how many updates there were."""
         return {**self._averages, "updates": self._updates}
@@ -264,6 +269,11 @@ class LastAverage:
         if not self._copies:
             return {name: one.detach() for name, one in self._parameters.items()}
         return {name: torch.stack([copy[name] for copy in self._copies]).mean(0) for name in self._parameters}
+
+    @staticmethod
+    def parameter_of(key: str) -> str:
+        """The name of the parameter that an entry of the state is of."""
+        return key.partition(".")[2]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The copies by age and name, the oldest first."""

@@ -20,7 +20,7 @@ from gemb.training.pretrain_batches import PretrainBatch, packed
 from gemb.training.pretrain_gradients import LanguageGradients, Teacher
 from gemb.training.pretrain_record import make_report, record_of, write_card
 from gemb.training.pretrain_setup import PretrainSetup
-from gemb.training.run_session import STATE_BYTES, NamedParameters, RunSession
+from gemb.training.run_session import NamedParameters, RunSession, state_bytes
 from gemb.training.verdict import Verdict
 
 _USUAL_CHUNK = {"cpu": 2048}
@@ -160,7 +160,7 @@ def plan_chunks(setup: PretrainSetup, model: TrainableLanguageModel) -> MemoryPl
         budget = int(batch.memory_gib * 2**30)
     else:
         free = free_memory_bytes(device.name) or _UNKNOWN_MEMORY
-        budget = int(max(0, free - STATE_BYTES * total_parameters(parameters)) * _MEMORY_SHARE)
+        budget = int(max(0, free - state_bytes(setup.ranks) * total_parameters(parameters)) * _MEMORY_SHARE)
     ids = np.zeros(setup.max_tokens, np.int32)
     source = ids if model.is_encoder_decoder else ids[:0]
     rows = packed([Row(ids, ids, source)] * 2)

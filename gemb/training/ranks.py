@@ -12,10 +12,11 @@ R rows of the batch, D model width.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import orjson
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -68,9 +69,10 @@ class Ranks:
         """Replace every gradient by its sum over the ranks; where one rank has none, it counts as zero."""
         if self.count == 1:
             return
-        for parameter in parameters:
-            gradient = parameter.grad
-            kind = self._most(0 if gradient is None else 2 if gradient.is_sparse else 1)
+        parameters = list(parameters)
+        gradients = [parameter.grad for parameter in parameters]
+        found = [0 if gradient is None else 2 if gradient.is_sparse else 1 for gradient in gradients]
+        for parameter, gradient, kind in zip(parameters, gradients, self._most_of_each(found), strict=True):
             if kind == 0:
                 continue
             if kind == 2:
@@ -82,11 +84,11 @@ class Ranks:
 
     def any(self, here: bool) -> bool:
         """Whether it holds on any rank; every rank must ask."""
-        return here if self.count == 1 else bool(self._most(int(here)))
+        return here if self.count == 1 else bool(self._most_of_each([int(here)])[0])
 
     def smallest(self, value: int) -> int:
         """The smallest of all ranks' values."""
-        return value if self.count == 1 else -self._most(-value)
+        return value if self.count == 1 else -self._most_of_each([-value])[0]
 
     def first(self, value: float) -> float:
         """The value of the first rank, on all of them."""
@@ -109,10 +111,53 @@ class Ranks:
         if self.count > 1:
             dist.barrier()
 
-    def _most(self, value: int) -> int:
-        flag = torch.tensor(value, device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return int(flag)
+    def broadcast(self, parts: Sequence[tuple[int, Tensor]]) -> None:
+        """Each part becomes what it is on the rank beside it; every rank must give the same ones in order."""
+        if self.count == 1:
+            return
+        for sent in [dist.broadcast(part, owner, async_op=True) for owner, part in parts if part.numel()]:
+            sent.wait()
+
+    def collect(self, own: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """What each rank gives, by name, on the CPU of the first one; the others get nothing."""
+        if self.count == 1:
+            return [dict(own)]
+        about = [(name, str(one.dtype).removeprefix("torch."), tuple(one.shape)) for name, one in own.items()]
+        listed = torch.from_numpy(np.frombuffer(orjson.dumps(about), np.uint8).copy()).to(self._device)
+        lists = self._of_all(listed)
+        if not self.is_first:
+            for one in own.values():
+                if one.numel():
+                    dist.send(one.to(self._device).contiguous(), 0)
+            return []
+        found = [{name: one.cpu() for name, one in own.items()}]
+        for index, listed in enumerate(lists[1:], 1):
+            parts = {}
+            for name, dtype, shape in orjson.loads(listed.cpu().numpy().tobytes()):
+                part = torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
+                if part.numel():
+                    dist.recv(part, index)
+                parts[name] = part.cpu()
+            found.append(parts)
+        return found
+
+    def _most_of_each(self, values: Sequence[int]) -> list[int]:
+        """The largest of all ranks' values, one by one."""
+        shared = torch.tensor(values, dtype=torch.int64, device=self._device)
+        if values:
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return [int(value) for value in shared.tolist()]
+
+    def _of_all(self, own: Tensor) -> list[Tensor]:
+        """own[n, ...] of every rank, whose n may differ."""
+        sizes = [torch.zeros(1, dtype=torch.int64, device=own.device) for _ in range(self.count)]
+        dist.all_gather(sizes, torch.tensor([len(own)], device=own.device))
+        most = max(int(size) for size in sizes)
+        padded = own.new_zeros(most, *own.shape[1:])
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return [part[: int(size)] for part, size in zip(parts, sizes, strict=True)]
 
     def _sum_sparse(self, parameter: Tensor, gradient: Tensor | None) -> Tensor:
         """The sum of sparse gradients [V, D], as the rows of all ranks one after the other, coalesced."""
@@ -122,16 +167,7 @@ class Ranks:
         else:
             own = gradient.coalesce()
             indices, values = own.indices()[0], own.values()
-        counts = [torch.zeros(1, dtype=torch.int64, device=indices.device) for _ in range(self.count)]
-        dist.all_gather(counts, torch.tensor([len(indices)], device=indices.device))
-        most = max(int(count) for count in counts)
-        all_indices = [indices.new_zeros(most) for _ in counts]
-        all_values = [values.new_zeros(most, *values.shape[1:]) for _ in counts]
-        dist.all_gather(all_indices, _padded(indices, most))
-        dist.all_gather(all_values, _padded(values, most))
-        sizes = [int(count) for count in counts]
-        joined = torch.cat([part[:size] for part, size in zip(all_indices, sizes, strict=True)])
-        rows = torch.cat([part[:size] for part, size in zip(all_values, sizes, strict=True)])
+        joined, rows = torch.cat(self._of_all(indices)), torch.cat(self._of_all(values))
         return torch.sparse_coo_tensor(joined[None], rows, tuple(parameter.shape)).coalesce()
 
 
@@ -154,9 +190,3 @@ def ranks_of_environment(device: str) -> Iterator[Ranks]:
         yield Ranks(int(index), int(count), device if on_gpu else "cpu")
     finally:
         dist.destroy_process_group()
-
-
-def _padded(part: Tensor, rows: int) -> Tensor:
-    whole = part.new_zeros(rows, *part.shape[1:])
-    whole[: len(part)] = part
-    return whole

@@ -29,6 +29,7 @@ from gemb.training.metrics import Metrics, tensorboard
 from gemb.training.optimizers import LastAverage, MovingAverage, clip_gradients, make_optimizer
 from gemb.training.random_numbers import seeded
 from gemb.training.schedules import schedule
+from gemb.training.sharding import ShardedAverage, ShardedOptimizer, Shards
 from gemb.training.verdict import Verdict, compare
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from gemb.training.watch import Watch
 
 _MOST_STEPS_BETWEEN_CHECKPOINTS = 1000
-STATE_BYTES = 12
-"""Of a parameter besides itself: its gradient and two moments, fp32."""
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -89,7 +88,7 @@ class RunSession(ABC, Generic[S, M, B]):
     def __init__(self, setup: S, watch: Watch) -> None:
         self.setup = setup
         self.model = self._load()
-        self.average: MovingAverage | LastAverage | None = None
+        self.average: ShardedAverage | None = None
         self.training: Training[B]
         self.baseline: Measured | None = None
         self._watch = watch
@@ -113,7 +112,17 @@ class RunSession(ABC, Generic[S, M, B]):
             Progress.from_json(checkpoints.state(steps[-1])) if steps else Progress(self._memory_plan())
         )
         optimizer = recipe.optimizer
-        self.average = _average_of(recipe.averaging, named)
+        whole = make_optimizer(
+            named,
+            optimizer.name,
+            learning_rate=optimizer.learning_rate,
+            weight_decay=optimizer.weight_decay,
+            betas=(optimizer.beta1, optimizer.beta2),
+            epsilon=optimizer.epsilon,
+            tables=(self._table_name(),),
+        )
+        shards = Shards(named, whole.param_groups, setup.ranks)
+        self.average = _average_of(recipe.averaging, shards)
         metrics = None
         if setup.ranks.is_first:
             also = None
@@ -124,15 +133,7 @@ class RunSession(ABC, Generic[S, M, B]):
         self.training = Training(
             model=self.model,
             parameters=[parameter for _, parameter in named],
-            optimizer=make_optimizer(
-                named,
-                optimizer.name,
-                learning_rate=optimizer.learning_rate,
-                weight_decay=optimizer.weight_decay,
-                betas=(optimizer.beta1, optimizer.beta2),
-                epsilon=optimizer.epsilon,
-                tables=(self._table_name(),),
-            ),
+            optimizer=ShardedOptimizer(whole, shards),
             learn=learn,
             batches=self._batches(),
             length=setup.length,
@@ -178,18 +179,18 @@ class RunSession(ABC, Generic[S, M, B]):
             if final is not None:
                 self._log(final)
                 write_json(setup.folder.run / "final.json", as_json(final))
-            if not setup.ranks.is_first:
-                setup.ranks.wait()
-                return Report(title="trained")
-            self._draw(verdicts)
-            record = self._record(final, verdicts, (self._first_loss, self._last_loss), seconds)
-            setup.folder.finish(
-                lambda target: self._save(target, record),
-                record,
-                keep_checkpoints=setup.recipe.checkpoint.keep_after,
-            )
+            report = Report(title="trained")
+            if setup.ranks.is_first:
+                self._draw(verdicts)
+                record = self._record(final, verdicts, (self._first_loss, self._last_loss), seconds)
+                setup.folder.finish(
+                    lambda target: self._save(target, record),
+                    record,
+                    keep_checkpoints=setup.recipe.checkpoint.keep_after,
+                )
+                report = self._report(record)
         setup.ranks.wait()
-        return self._report(record)
+        return report
 
     @abstractmethod
     def _load(self) -> M:
@@ -376,6 +377,11 @@ def trained_parameters(
     return trained
 
 
+def state_bytes(ranks: Ranks) -> float:
+    """Of a parameter besides itself, fp32: its gradient, and a rank's share of the two moments."""
+    return 4 + 8 / ranks.count
+
+
 def as_json(measured: Measured) -> dict[str, Any]:
     """What was measured, for a file; `from_json` reads it back."""
     return {
@@ -395,13 +401,14 @@ def from_json(values: Mapping[str, Any]) -> Measured:
 
 
 def _average_of(
-    settings: recipes.EmaAverage | recipes.LastAverage | None, named: NamedParameters
-) -> MovingAverage | LastAverage | None:
+    settings: recipes.EmaAverage | recipes.LastAverage | None, shards: Shards
+) -> ShardedAverage | None:
     if settings is None:
         return None
+    pieces = shards.pieces.items()
     if isinstance(settings, recipes.EmaAverage):
-        return MovingAverage(named, settings.decay)
-    return LastAverage(named, settings.checkpoints)
+        return ShardedAverage(MovingAverage(pieces, settings.decay), shards)
+    return ShardedAverage(LastAverage(pieces, settings.checkpoints), shards)
 
 
 def _verdicts(before: Measured | None, after: Measured | None) -> list[Verdict]:

@@ -25,11 +25,11 @@ from gemb.training.qat import QuantisedGradients
 from gemb.training.recipe import MatchingTerm, TrainRecipe
 from gemb.training.record import make_report, record_of
 from gemb.training.run_session import (
-    STATE_BYTES,
     NamedParameters,
     RunSession,
     as_json,
     from_json,
+    state_bytes,
     trained_parameters,
 )
 from gemb.training.setup import Setup, evaluated
@@ -207,7 +207,7 @@ class MemoryPlanner:
             budget = int(batch.memory_gib * 2**30)
         else:
             free = free_memory_bytes(device.name) or _UNKNOWN_MEMORY
-            each = STATE_BYTES + (0 if setup.recipe.qat is None else _QAT_BYTES)
+            each = state_bytes(setup.ranks) + (0 if setup.recipe.qat is None else _QAT_BYTES)
             budget = int(max(0, free - each * total_parameters(parameters)) * _MEMORY_SHARE)
         lengths = np.full(4, longest, np.int32)
         with self._encoder.summed() as sums:

@@ -1,14 +1,19 @@
 """Stand-ins for the parts around the loop: a small encoder with dropout, and batches made by hand."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 from gemb.training.batches import TrainingBatch
+from gemb.training.ranks import ranks_of_environment
 
 VOCABULARY = 50
 
@@ -33,6 +38,43 @@ class TinyEncoder(nn.Module):
         states = self.dropout(hidden) @ self.outer.T
         parts = states.split([int(length) for length in lengths])
         return torch.stack([part.mean(dim=0) for part in parts])
+
+
+class SparseEncoder(TinyEncoder):
+    """Its table has sparse gradients."""
+
+    def forward(
+        self, ids: Tensor, lengths: NDArray[np.int32], prompt_tokens: NDArray[np.int32] | None = None
+    ) -> Tensor:
+        """As that of TinyEncoder."""
+        del prompt_tokens
+        rows = nn.functional.embedding(ids.long(), self.table, sparse=True)
+        states = self.dropout(torch.tanh(rows @ self.inner.T)) @ self.outer.T
+        parts = states.split([int(length) for length in lengths])
+        return torch.stack([part.mean(dim=0) for part in parts])
+
+
+def on_ranks(count: int, action: Callable[..., object], *arguments: Any) -> None:  # noqa: ANN401
+    """Call `action(ranks, *arguments)` in `count` processes over gloo; returns when all are done."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn(_on_one_rank, args=(count, port, action, arguments), nprocs=count)  # type: ignore[no-untyped-call]
+
+
+def _on_one_rank(
+    index: int, count: int, port: int, action: Callable[..., object], arguments: Sequence[Any]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(index),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    with ranks_of_environment("cpu") as ranks:
+        action(ranks, *arguments)
 
 
 def tiny_batch(pairs: int = 4, negatives: int = 0, seed: int = 0, dataset: str = "tiny") -> TrainingBatch:

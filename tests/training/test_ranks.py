@@ -1,85 +1,56 @@
 """Two processes over gloo train as one does."""
 
-import os
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.multiprocessing.spawn import spawn
 
 from gemb.errors import GembError
 from gemb.training.gradients import MemoryPlan, batch_gradients
 from gemb.training.ranks import Ranks, ranks_of_environment
 from gemb.training.teaching import new_projection
-from tests.training.fakes import TinyEncoder, tiny_batch
+from tests.training.fakes import SparseEncoder, TinyEncoder, on_ranks, tiny_batch
 from tests.training.test_gradients import loss_of
 
 
-class SparseEncoder(TinyEncoder):
-    """Its table has sparse gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Parameter(self.table.detach())
-
-    def forward(self, ids, lengths, prompt_tokens=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-        rows = nn.functional.embedding(ids.long(), self.table, sparse=True)
-        states = torch.tanh(rows @ self.inner.T) @ self.outer.T
-        return torch.stack([part.mean(dim=0) for part in torch.split(states, [int(n) for n in lengths])])
-
-
-def train_on_one_rank(index: int, count: int, port: int, target: Path) -> None:
+def train(ranks: Ranks, target: Path) -> None:
     """The gradients of one batch, written by every rank."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(index),
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    with ranks_of_environment("cpu") as ranks:
-        results: dict[str, torch.Tensor] = {}
-        for name, encoder in (("dense", TinyEncoder()), ("sparse", SparseEncoder())):
-            parameters = list(encoder.parameters())
-            for keeps in (True, False):
-                encoder.zero_grad()
-                plan = MemoryPlan(11, 10_000 if keeps else 0)
-                found = batch_gradients(encoder, parameters, tiny_batch(7, 3), loss_of, plan, ranks=ranks)
-                for number, parameter in enumerate(parameters):
-                    assert parameter.grad is not None
-                    results[f"{name} {keeps} {number}"] = parameter.grad.to_dense()
-                results[f"{name} {keeps} loss"] = torch.tensor(found.loss)
-        tiny, head = TinyEncoder(), new_projection(8, 12, seed=1)
-        mapped = list(head.parameters())
-        every = [*tiny.parameters(), *mapped]
-        batch_gradients(
-            tiny,
-            every,
-            tiny_batch(7, 3),
-            lambda vectors: loss_of(head(vectors)),
-            MemoryPlan(11, 0),
-            loss_parameters=mapped,
-            ranks=ranks,
-        )
-        for number, trained in enumerate(every):
-            assert trained.grad is not None
-            results[f"mapped {number}"] = trained.grad
-        assert ranks.any(index == 1) is (count > 1)
-        assert ranks.smallest(10 + index) == 10
-        ranks.wait()
-    torch.save(results, target / f"{count}-{index}.pt")
+    results: dict[str, torch.Tensor] = {}
+    for name, encoder in (("dense", TinyEncoder()), ("sparse", SparseEncoder())):
+        parameters = list(encoder.parameters())
+        for keeps in (True, False):
+            encoder.zero_grad()
+            plan = MemoryPlan(11, 10_000 if keeps else 0)
+            found = batch_gradients(encoder, parameters, tiny_batch(7, 3), loss_of, plan, ranks=ranks)
+            for number, parameter in enumerate(parameters):
+                assert parameter.grad is not None
+                results[f"{name} {keeps} {number}"] = parameter.grad.to_dense()
+            results[f"{name} {keeps} loss"] = torch.tensor(found.loss)
+    tiny, head = TinyEncoder(), new_projection(8, 12, seed=1)
+    mapped = list(head.parameters())
+    every = [*tiny.parameters(), *mapped]
+    batch_gradients(
+        tiny,
+        every,
+        tiny_batch(7, 3),
+        lambda vectors: loss_of(head(vectors)),
+        MemoryPlan(11, 0),
+        loss_parameters=mapped,
+        ranks=ranks,
+    )
+    for number, trained in enumerate(every):
+        assert trained.grad is not None
+        results[f"mapped {number}"] = trained.grad
+    assert ranks.any(ranks.index == 1) is (ranks.count > 1)
+    assert ranks.smallest(10 + ranks.index) == 10
+    ranks.wait()
+    torch.save(results, target / f"{ranks.count}-{ranks.index}.pt")
 
 
 def test_two_ranks_have_the_gradients_of_one(tmp_path: Path) -> None:
-    train_on_one_rank(0, 1, 0, tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(train_on_one_rank, args=(2, port, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    train(Ranks(), tmp_path)
+    on_ranks(2, train, tmp_path)
     alone = torch.load(tmp_path / "1-0.pt")
     for index in (0, 1):
         together = torch.load(tmp_path / f"2-{index}.pt")
