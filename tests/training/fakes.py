@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed import TCPStore
 from torch.multiprocessing.spawn import spawn
 
 from gemb.training.batches import TrainingBatch
@@ -56,10 +56,9 @@ class SparseEncoder(TinyEncoder):
 
 def on_ranks(count: int, action: Callable[..., object], *arguments: Any) -> None:  # noqa: ANN401
     """Call `action(ranks, *arguments)` in `count` processes over gloo; returns when all are done."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(_on_one_rank, args=(count, port, action, arguments), nprocs=count)  # type: ignore[no-untyped-call]
+    # Their meeting place is kept here, as by torchrun: the port is nobody else's from now on.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    spawn(_on_one_rank, args=(count, store.port, action, arguments), nprocs=count)  # type: ignore[no-untyped-call]
 
 
 def _on_one_rank(
@@ -71,6 +70,7 @@ def _on_one_rank(
         "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "GLOO_SOCKET_IFNAME": "lo",
     }
     with ranks_of_environment("cpu") as ranks:

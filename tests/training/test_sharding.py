@@ -33,8 +33,9 @@ from gemb.training.sharding import ShardedAverage, ShardedOptimizer, Shards, Sta
 from gemb.training.terms import Loss
 from tests.training.fakes import ListedBatches, SparseEncoder, TinyEncoder, on_ranks
 
-STEPS, EVERY, LATE = 9, 3, 4
+STEPS, EVERY, LATE = 6, 2, 3
 KINDS = ("adamw", "muon", "sparse", "odd")
+SUMMED = ("muon", "sparse")
 
 
 class OddEncoder(TinyEncoder):
@@ -114,8 +115,8 @@ def train(ranks: Ranks, folder: Path, hooks: Hooks | None = None, kinds: Sequenc
 
 
 def train_summed(ranks: Ranks, folder: Path) -> None:
-    """All kinds to the end, gradients summed over the ranks; states of rows, or all on every rank."""
-    for kind in KINDS:
+    """Some kinds to the end, gradients summed over the ranks; states of rows, or all on every rank."""
+    for kind in SUMMED:
         for name, shared in (("shared", ranks), ("whole", Ranks())):
             made = training(ranks, folder / name, kind, shared=shared, summed=ranks)
             made.run(threading.Event())
@@ -235,7 +236,7 @@ def test_any_number_of_ranks_ends_with_the_weights_and_averages_of_one_to_the_bi
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpoints_are_the_files_of_one_rank(runs: Path, name: str, kind: str) -> None:
     expected, found = Checkpoints(runs / "one" / kind), Checkpoints(runs / name / kind)
-    assert found.steps() == expected.steps() == [3, 6, 9]
+    assert found.steps() == expected.steps() == [2, 4, 6]
     for step in found.steps():
         for file in ("weights", "optimizer", "average", "random"):
             path = f"{file}.safetensors"
@@ -249,7 +250,7 @@ def test_checkpoints_are_the_files_of_one_rank(runs: Path, name: str, kind: str)
         assert own == one
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SUMMED)
 @pytest.mark.parametrize("count", ["two", "three"])
 def test_summed_gradients_give_the_same_whoever_keeps_the_states(runs: Path, count: str, kind: str) -> None:
     folder = runs / f"summed by {count}"
