@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 from torch.multiprocessing.spawn import spawn
 
 from gemb.jobs.train import TrainRecipe, run
