@@ -90,14 +90,13 @@ def mergekit_folder() -> Path:
     return build_once(cache_folder() / PACKAGES[0].replace("==", "-"), write)
 
 
-def measured(name: str, method: str, command: list[str], threads: int, path: str, cache: Path) -> Run:
-    """Run a command to its end. Raises RuntimeError with its stderr if it fails."""
-    environment = {
-        **thread_environment(threads),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": path,
-        "GEMB_CACHE": str(cache),
-    }
+def measured(
+    name: str, method: str, command: list[str], threads: int, path: str, cache: Path | None = None
+) -> Run:
+    """Run a command to its end, with a `cache` of gemb of its own. Raises RuntimeError if it fails."""
+    environment = {**thread_environment(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    if cache is not None:
+        environment["GEMB_CACHE"] = str(cache)
     os.sync()  # what the run before left to be written would be written during this one
     before = os.times()
     started = time.perf_counter()
