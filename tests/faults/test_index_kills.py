@@ -243,7 +243,8 @@ def test_a_full_disk_is_one_message_and_the_next_run_goes_on_when_there_is_room(
     assert "no space left" in message
     assert message.endswith("; free some space, then run the same command again")
     kept = place.content()
-    assert verify(place.index).faults == []
+    # A disk that is full at the first commit leaves no index.
+    assert not place.index.exists() or verify(place.index).faults == []
     small_disk("8m")
     report = place.run("-o", "disk/docs.gemb")
     assert (report["unchanged"], report["added"]) == (len(kept), ROWS - len(kept))
