@@ -117,7 +117,7 @@ def plan(recipe: QuantizeRecipe) -> Plan:
     setup = _prepare(recipe, ignore)
     export = setup.export
     return Plan(
-        title=f"would write {setup.source.path} as {export.label} to {setup.output}",
+        title=f"would write {setup.recipe.model} as {export.label} to {setup.output}",
         rows=[*_size_rows(setup), *export.rows],
         data={
             "source": str(setup.source.path),
@@ -302,7 +302,7 @@ def _size_rows(setup: _Setup) -> list[tuple[str, str]]:
     before = sum(module.weights().size_bytes for module in setup.source.modules if module.has_weights)
     size = f"{readable_bytes(export.size_bytes)}, {export.bits_per_weight:.2f} bits a weight"
     return [
-        ("source", f"{setup.source.path} ({readable_bytes(before)})"),
+        ("source", f"{setup.recipe.model} ({readable_bytes(before)})"),
         ("size", f"{size} ({export.size_bytes / before:.2f} of the source), tokenizer aside"),
     ]
 
@@ -338,7 +338,7 @@ def _report(setup: _Setup, gate: Gate, made_from: str, identity: str, place: Pat
         data["warnings"] = [warning]
     rows.append(("model", f"{setup.output} ({identity[:12]})"))
     return Report(
-        title=f"wrote {setup.source.path} as {export.label} to {setup.output} in {seconds:.1f} s",
+        title=f"wrote {setup.recipe.model} as {export.label} to {setup.output} in {seconds:.1f} s",
         rows=rows,
         data=data,
         tables=gate.tables,

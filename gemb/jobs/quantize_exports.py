@@ -190,12 +190,13 @@ def gguf_export(folder: ModelFolder, wanted: Format | None, gguf: GgufType | Non
     told: list[tuple[str, str]] = []
     try:
         form = gguf_form(model, kind)
-        runs_in = f"gemb, and alone in llama.cpp as {form.architecture}"
+        alone = f"llama.cpp as {form.architecture}"
+        runs_in = [("runs in", f"gemb, and alone in {alone}" if gguf is None else alone)]
     except MismatchError as reason:
         if gguf is not None:
             raise MismatchError(f"{reason}; {_WITHOUT_LLAMA_CPP}") from None
         form = own_form(model, kind)
-        runs_in = f"gemb alone: {reason}"
+        runs_in = [("runs in", "gemb"), ("llama.cpp", f"no: {reason}")]
     tensors = [one for one in _tensors(folder) if one.is_number and not _HEADS.search(one.name)]
     grid: WeightFormat | None = {"q4_0": "int4", "q8_0": "int8"}.get(kind.name)  # type: ignore[assignment]
     if grid is not None:
@@ -230,7 +231,7 @@ def gguf_export(folder: ModelFolder, wanted: Format | None, gguf: GgufType | Non
             raise MismatchError(f"{error}; take {_WIDER}") from None
 
     told.append(("weights", f"{kind.name} in {GGUF_FILE if gguf is None else 'one GGUF file'}"))
-    told.append(("runs in", runs_in))
+    told += runs_in
     told += _left_out(folder, tensors)
     size = sum(one.kind.size_bytes(one.shape) for one in entries)
     weights = sum(math.prod(one.shape) for one in entries)

@@ -49,6 +49,11 @@ def find_model(
     path = Path(name).expanduser()
     if path.is_dir():
         return path
+    if path.suffix == ".gguf" and path.name != "model.gguf" and path.is_file():
+        raise UnavailableError(
+            f"{name} is a file for llama.cpp, and gemb runs folders; quantise its source with "
+            "--format int8 or int4, whose model.gguf llama.cpp runs as well"
+        )
     if path.exists():
         raise UnavailableError(
             f"{name} is a file; a model is a folder with config.json and model.safetensors or model.gguf; "

@@ -319,6 +319,17 @@ def test_a_file_is_not_a_model(tmp_path: Path) -> None:
     )
 
 
+def test_a_gguf_file_for_llama_cpp_is_told_what_gemb_runs(tmp_path: Path) -> None:
+    file = tmp_path / "encoder.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(UnavailableError) as caught:
+        find_model(str(file))
+    assert str(caught.value) == (
+        f"{file} is a file for llama.cpp, and gemb runs folders; quantise its source with --format int8 or "
+        "int4, whose model.gguf llama.cpp runs as well"
+    )
+
+
 def test_the_cache_folder_follows_the_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GEMB_CACHE", "/a/cache")
     assert cache_folder() == Path("/a/cache")
