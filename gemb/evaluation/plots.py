@@ -14,6 +14,8 @@ from gemb.evaluation.space import BINS, RATIO_RANGE, Numbers, Space
 from gemb.evaluation.views import BITS
 from gemb.files import atomic_write
 
+SOFTWARE = "gemb"
+"""What the pictures say in their PNG text that they were made by."""
 _COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#edae49", "#6a4c93")
 
 
@@ -39,7 +41,7 @@ def draw_sizes(results: Sequence[Result], path: Path) -> None:
     by_dims.legend(title="stored as")
     figure.suptitle(f"Quality and size: {shown}")
     with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", metadata={"Software": SOFTWARE})
 
 
 def draw_spaces(spaces: Sequence[tuple[str, Space]], path: Path) -> None:
@@ -68,7 +70,7 @@ def draw_spaces(spaces: Sequence[tuple[str, Space]], path: Path) -> None:
         _title(balance, "self-balancing ratio of random pairs", f"{outside:.0%} lie outside of the picture")
         balance.set(xlabel="s(query i, query j) / s(query i, document j)", ylabel="pairs")
     with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", metadata={"Software": SOFTWARE})
 
 
 def _draw_towers(space: Space, axes: Any) -> None:  # noqa: ANN401  # matplotlib is an extra

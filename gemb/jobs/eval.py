@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
@@ -19,7 +20,7 @@ from gemb.errors import Exit, GembError
 from gemb.evaluation import Comparison, Result, Task, View, compare, evaluate
 from gemb.evaluation.reading import Choices, read_task
 from gemb.evaluation.views import DTYPES, Dtype
-from gemb.files import check_writable, write_json
+from gemb.files import check_writable, os_errors_explained, write_json
 from gemb.model.hub import DEFAULT_MODEL
 from gemb.recipe import InferenceRecipe, ModelName, RecipeInput, RecipePath, resolved
 from gemb.report import Event, OnProgress, Report, Table, ignore
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 Kind = Literal[
     "retrieval", "similarity", "pair-classification", "classification", "clustering", "bitext", "reranking"
 ]
+
+_MARK_BYTES = 1024
+"""From the start of a picture; what it was made by stands there."""
 
 
 class EvalRecipe(InferenceRecipe):
@@ -111,9 +115,7 @@ def run(recipe: EvalRecipe, on_progress: OnProgress = ignore) -> Report:
         raise GembError("no data given; gemb eval MODEL scifact/ stsb.test.jsonl")
     if recipe.fail_on_regression and recipe.against is None:
         raise GembError("--fail-on-regression compares with another model; name it with --against")
-    for path in (recipe.output, recipe.plot, recipe.space):
-        if path is not None:
-            check_writable(path)
+    _check_outputs(recipe)
     choices = Choices(recipe.task, recipe.split, recipe.positive, recipe.samples, recipe.draws, recipe.seed)
     tasks = [read_task(Path(name), choices) for name in recipe.data]
     if recipe.space is not None:
@@ -129,6 +131,9 @@ def run(recipe: EvalRecipe, on_progress: OnProgress = ignore) -> Report:
         other = _evaluated(recipe, recipe.against, tasks, on_progress)
         verdicts = _verdicts(own.results, other.results, recipe.seed)
     report = _report(recipe, own, other, verdicts, time.monotonic() - began)
+    for path in report.outputs:
+        with os_errors_explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
     if recipe.output is not None:
         write_json(recipe.output, {**report.data, "recipe": resolved(recipe)})
     if recipe.plot is not None:
@@ -143,6 +148,41 @@ def run(recipe: EvalRecipe, on_progress: OnProgress = ignore) -> Report:
         named = [("/".join(Path(each.model).parts[-2:]), space) for each in both for space in each.spaces]
         draw_spaces(named, recipe.space)
     return report
+
+
+def _check_outputs(recipe: EvalRecipe) -> None:
+    """Raises GembError for a result that cannot be written, or would take the place of something else."""
+    outputs = {"--output": recipe.output, "--plot": recipe.plot, "--space": recipe.space}
+    seen: dict[Path, str] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        suffix = ".json" if option == "--output" else ".png"
+        if path.suffix.lower() != suffix:
+            raise GembError(f"{option} {path} is no {suffix} file; give it a name that ends so")
+        other = seen.setdefault(path.resolve(), option)
+        if other != option:
+            raise GembError(f"{other} and {option} are both {path}; give each a file of its own")
+        check_writable(path)
+        if path.is_file() and not _is_ours(path):
+            raise GembError(
+                f"{option} {path} exists and is no result of gemb eval; choose another path, or remove it"
+            )
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file that exists is an earlier result, which a new one may replace."""
+    with os_errors_explained(file):
+        if file.suffix.lower() == ".png":
+            from gemb.evaluation.plots import SOFTWARE
+
+            with file.open("rb") as opened:
+                return b"Software\0" + SOFTWARE.encode() in opened.read(_MARK_BYTES)
+        try:
+            held = orjson.loads(file.read_bytes())
+        except orjson.JSONDecodeError:
+            return False
+    return isinstance(held, dict) and {"fingerprint", "results", "means"} <= held.keys()
 
 
 def _evaluated(recipe: EvalRecipe, model: str, tasks: Sequence[Task], on_progress: OnProgress) -> _Evaluated:

@@ -38,6 +38,41 @@ def run(*data: Path, **settings: Any) -> Any:  # noqa: ANN401
     return job.run(recipe)
 
 
+def test_a_result_takes_the_place_of_a_result_alone(tmp_path: Path, sts: Path) -> None:
+    results, picture = tmp_path / "new/results.json", tmp_path / "new/sizes.png"
+    for _ in range(2):
+        run(sts, dims=(384, 64), output=results, plot=picture)
+    before = sts.read_bytes()
+    notes, photo = tmp_path / "notes.json", tmp_path / "photo.png"
+    notes.write_text('{"a": 1}')
+    photo.write_bytes(b"\x89PNG\r\n\x1a\n")
+    for settings, message in (
+        ({"plot": sts}, f"--plot {sts} is no .png file; give it a name that ends so"),
+        (
+            {"space": tmp_path / "s.jpg"},
+            f"--space {tmp_path}/s.jpg is no .png file; give it a name that ends so",
+        ),
+        ({"output": sts}, f"--output {sts} is no .json file; give it a name that ends so"),
+        (
+            {"output": notes},
+            f"--output {notes} exists and is no result of gemb eval; choose another path, or remove it",
+        ),
+        (
+            {"plot": photo},
+            f"--plot {photo} exists and is no result of gemb eval; choose another path, or remove it",
+        ),
+        (
+            {"plot": picture, "space": picture},
+            f"--plot and --space are both {picture}; give each a file of its own",
+        ),
+    ):
+        with pytest.raises(GembError) as caught:
+            run(sts, **settings)
+        assert str(caught.value) == message
+    assert sts.read_bytes() == before
+    assert notes.read_text() == '{"a": 1}'
+
+
 def test_every_data_set_is_scored_in_every_view(tmp_path: Path, sts: Path) -> None:
     output = tmp_path / "results.json"
     report = run(write_beir(tmp_path / "sea"), sts, dims=(384, 64), dtype=("f32", "int8"), output=output)
