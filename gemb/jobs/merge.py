@@ -218,6 +218,8 @@ def _check_search(recipe: MergeRecipe) -> None:
         raise GembError(f"a greedy soup is linear, not {recipe.merge_method}; take --choose weights")
     if recipe.choose is not None and recipe.merge_method in ("slerp", "model_stock"):
         raise GembError(f"{recipe.merge_method} has no weights to search")
+    if recipe.choose is not None and recipe.weights:
+        raise GembError("--choose looks for the weights; leave out --weights")
     if recipe.choose is not None and recipe.last is not None:
         raise GembError("checkpoints of a run have weights by --decay; leave out --choose")
     if recipe.decay is not None and recipe.last is None:

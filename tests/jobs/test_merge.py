@@ -626,6 +626,12 @@ def test_a_run_with_too_few_checkpoints_says_how_to_keep_them(models: Path, tmp_
         ),
         (
             "ab",
+            {"choose": "greedy", "data": ["x.jsonl"], "weights": [1, 2]},
+            GembError,
+            "--choose looks for the weights; leave out --weights",
+        ),
+        (
+            "ab",
             {"data": ["nothing.jsonl"]},
             UnavailableError,
             "there is no nothing.jsonl to evaluate on; check the path",
