@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from rich.measure import Measurement
     from rich.text import Text
 
+_LONG_WORD = 20
+"""Letters of a word in a table that may be folded on a narrow terminal."""
+_BETWEEN = 2  # blanks between two columns
+
 
 @dataclass(frozen=True)
 class Table:
@@ -112,7 +116,7 @@ def write(result: Plan | Report, stream: TextIO) -> None:
     """Write `result` for people: in colour on a terminal, as plain lines anywhere else."""
     if terminal.is_interactive(stream) or terminal.has_colour(stream):
         console = terminal.console(stream)
-        for part in _rendered(result):
+        for part in _rendered(result, console.width):
             console.print(part)
     else:
         stream.write("\n".join(_lines(result)) + "\n")
@@ -139,8 +143,8 @@ def _lines(result: Plan | Report) -> list[str]:
     return lines
 
 
-def _rendered(result: Plan | Report) -> "list[RenderableType]":
-    """The same with rich: a bold title, dim labels, tables with a head line."""
+def _rendered(result: Plan | Report, width: int) -> "list[RenderableType]":
+    """The same with rich: a bold title, coloured labels, tables with a head line where `width` is enough."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -154,6 +158,15 @@ def _rendered(result: Plan | Report) -> "list[RenderableType]":
             grid.add_row(Text(f"  {label}"), Text(value))
         parts.append(grid)
     for table in result.tables:
+        if not _fits(table, width):
+            for row in table.rows:
+                record = RichTable.grid(padding=(0, 2))
+                record.add_column(style="cyan", no_wrap=True)
+                record.add_column(overflow="fold")
+                for name, text in zip(table.columns, row, strict=True):
+                    record.add_row(Text(f"  {name}"), Text(text))
+                parts += [Text(), record]
+            continue
         shown = RichTable(
             title=table.title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold"
         )
@@ -165,6 +178,13 @@ def _rendered(result: Plan | Report) -> "list[RenderableType]":
             shown.add_row(*(_Name(text) if _is_name(text) else Text(text) for text in row))
         parts.append(shown)
     return parts
+
+
+def _fits(table: Table, width: int) -> bool:
+    """Whether no short word of a table is cut at a terminal's `width`; long ones may be folded."""
+    cells = zip(table.columns, *table.rows, strict=True)
+    words = (max(len(word) for text in column for word in [*text.split(), ""]) for column in cells)
+    return sum(min(longest, _LONG_WORD) + _BETWEEN for longest in words) <= width
 
 
 def _is_name(text: str) -> bool:

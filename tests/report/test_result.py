@@ -94,6 +94,24 @@ def test_a_plan_is_shown_like_a_report_and_is_a_success() -> None:
     assert Plan(title="t").exit_code == Exit.DONE
 
 
+def test_a_table_of_many_columns_becomes_records_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    columns = ("data", "metric", "dims", "bytes", "value", "difference", "verdict")
+    table = Table(columns, [("scifact", "nDCG@10", "384", "1536", "0.6451", "+0.0021", "REGRESSION")])
+    shown = {}
+    for width in ("60", "100"):
+        monkeypatch.setenv("COLUMNS", width)
+        stream = Terminal()
+        write(Report(title="evaluated", tables=[table]), stream)
+        shown[width] = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
+    lines = [line.rstrip() for line in shown["60"].splitlines()]
+    assert "  data        scifact" in lines
+    assert "  verdict     REGRESSION" in lines
+    assert any(line.split() == ["data", *columns[1:]] for line in shown["100"].splitlines())
+
+
 def test_an_empty_table_shows_its_head() -> None:
     stream = io.StringIO()
     write(Report(title="t", tables=[Table(("a", "bb"), [])]), stream)
