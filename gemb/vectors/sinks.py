@@ -491,8 +491,10 @@ class _StreamSink:
 
     def append_stored(self, ids: Sequence[str], stored: NDArray[Any]) -> None:
         lines = json_lines(ids, stored, self._layout)
+        rest = memoryview(lines)
         with os_errors_explained("stdout"):
-            self._stream.write(lines)
+            while rest.nbytes:  # with PYTHONUNBUFFERED stdout takes what the pipe has room for, and no more
+                rest = rest[self._stream.write(rest) or 0 :]
             self._stream.flush()
         self._position = self._position.moved(len(ids), End(), End(), 0)
 

@@ -593,6 +593,22 @@ def test_a_closed_pipe_ends_a_stream(unit_rows: Rows) -> None:
     stream.close()
 
 
+def test_a_stream_that_takes_a_part_of_what_is_written_gets_the_rest_as_well(unit_rows: Rows) -> None:
+    class Reluctant(io.RawIOBase):
+        """As stdout with PYTHONUNBUFFERED and a reader that closes: a part now, the rest the next time."""
+
+        held = b""
+
+        def write(self, data: memoryview) -> int:  # type: ignore[override]
+            self.held += bytes(data[:7])
+            return min(7, len(data))
+
+    stream = Reluctant()
+    sink = open_sink("-", Path("unused"), Layout(DIMS), stream=stream)  # type: ignore[arg-type]
+    sink.append(["a", "b"], unit_rows(2, DIMS))
+    assert [orjson.loads(line)["id"] for line in stream.held.splitlines()] == ["a", "b"]
+
+
 @pytest.mark.faults
 def test_a_full_device_behind_a_stream_is_told(unit_rows: Rows) -> None:
     with open("/dev/full", "wb", buffering=0) as stream:
