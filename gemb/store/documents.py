@@ -4,6 +4,7 @@ import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -70,16 +71,37 @@ def content_hash(document: Document, vectors: NDArray[np.float32] | None = None)
 
 
 def metadata_json(document: Document) -> str:
-    """The metadata as JSON with sorted keys.
+    """The metadata as JSON with sorted keys; decimals, as databases export them, are floats.
 
     Raises GembError where a value cannot be JSON.
     """
     if not document.metadata:
         return "{}"
     try:
-        return orjson.dumps(dict(document.metadata), option=orjson.OPT_SORT_KEYS).decode()
+        return _dumped(dict(document.metadata)).decode()
     except (orjson.JSONEncodeError, UnicodeDecodeError) as error:
-        raise GembError(f"the metadata of {document.id!r} cannot be stored as JSON: {error}") from error
+        faults = (_fault(name, value) for name, value in document.metadata.items())
+        what = next((fault for fault in faults if fault is not None), str(error))
+        raise GembError(f"the metadata of {document.id!r} cannot be stored as JSON: {what}") from error
+
+
+def _dumped(value: object) -> bytes:
+    return orjson.dumps(value, default=_as_float, option=orjson.OPT_SORT_KEYS)
+
+
+def _as_float(value: object) -> float:
+    if isinstance(value, Decimal):
+        return float(value)
+    raise TypeError
+
+
+def _fault(name: str, value: object) -> str | None:
+    """Why a field cannot be JSON; None if it can."""
+    try:
+        _dumped({name: value})
+    except (orjson.JSONEncodeError, UnicodeDecodeError) as error:
+        return f"field {name!r} holds {type(value).__name__}, which JSON cannot ({str(error).lower()})"
+    return None
 
 
 def encoded(text: str, id_: str, what: str) -> bytes:

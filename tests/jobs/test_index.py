@@ -404,8 +404,9 @@ def test_metadata_that_json_cannot_hold_are_a_reject(bench: Bench) -> None:
     with pytest.raises(GembError) as raised:
         bench.run(bench.place / "docs.parquet")
     assert str(raised.value) == (
-        f"{bench.place / 'docs.parquet'}:1: Type is not JSON serializable: bytes; "
-        "leave the field out with --keep; --on-error skip leaves such rows out"
+        f"{bench.place / 'docs.parquet'}:1: field 'raw' holds bytes, which JSON cannot "
+        "(type is not json serializable: bytes); leave the field out with --keep; --on-error skip leaves "
+        "such rows out"
     )
     report = bench.run(bench.place / "docs.parquet", keep="none")
     assert counts_of(report) == (2, 0, 0, 0, 0)

@@ -1,3 +1,5 @@
+from decimal import Decimal
+
 import numpy as np
 import pytest
 
@@ -36,13 +38,15 @@ def test_the_content_hash_tells_a_changed_vector() -> None:
 def test_metadata_is_json_with_sorted_keys() -> None:
     assert metadata_json(CAT) == '{"by":"Ann","year":2020}'
     assert metadata_json(Document("cat")) == "{}"
+    assert metadata_json(Document("cat", metadata={"price": Decimal("9.50")})) == '{"price":9.5}'
 
 
 def test_metadata_that_is_no_json_is_told() -> None:
     with pytest.raises(GembError) as caught:
         metadata_json(Document("cat", metadata={"of": object()}))
     assert str(caught.value) == (
-        "the metadata of 'cat' cannot be stored as JSON: Type is not JSON serializable: object"
+        "the metadata of 'cat' cannot be stored as JSON: field 'of' holds object, which JSON cannot "
+        "(type is not json serializable: object)"
     )
 
 
