@@ -79,7 +79,7 @@ def train(
         _search(wanted, search, dry_run=dry_run, overwrite=overwrite, json=json, quiet=quiet, verbose=verbose)
         return
     if dry_run:
-        show(job.plan(wanted), json=json, product=True)
+        show(job.plan(wanted, overwrite=overwrite), json=json, product=True)
         return
     if check:
         show(job.check(wanted), json=json, product=True)

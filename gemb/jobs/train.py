@@ -40,7 +40,7 @@ def recipe_for(keys: Collection[str]) -> type[TrainRecipe | PretrainRecipe]:
     return PretrainRecipe if "objective" in keys else TrainRecipe
 
 
-def plan(recipe: TrainRecipe) -> Plan:
+def plan(recipe: TrainRecipe, *, overwrite: bool = False) -> Plan:
     """What `run` would do, for --dry-run: rows, steps, tokens, memory, device and time.
 
     Writes nothing but a temporary folder that is gone afterwards. Raises GembError as `run` does before its
@@ -48,7 +48,7 @@ def plan(recipe: TrainRecipe) -> Plan:
     """
     from gemb.training.planning import make_plan
 
-    return make_plan(recipe, quickstart.MATERIAL)
+    return make_plan(recipe, quickstart.MATERIAL, overwrite=overwrite)
 
 
 def check(recipe: TrainRecipe) -> Report:
@@ -137,7 +137,7 @@ def carry_out(
                 lock = Lock(folder.lock_file, str(recipe.output), recipe.wait_lock, watch.note)
                 stack.enter_context(lock)
             if folder.is_finished and not folder.is_begun and not overwrite:
-                return already_done(recipe, folder)
+                return _gated(recipe, already_done(recipe, folder))
             if ranks.is_first:
                 folder.make(overwrite=overwrite)
             ranks.wait()
@@ -153,6 +153,11 @@ def carry_out(
                 interrupts.exit_code or Exit.TERMINATED,
             )
         report = session.finish(time.monotonic() - began)
+    return _gated(recipe, report)
+
+
+def _gated(recipe: RunRecipe, report: Report) -> Report:
+    """The report, of a run that was finished before as well. Raises GateError as fail_on_regression says."""
     if recipe.fail_on_regression and report.data.get("verdict") == "REGRESSION":
         raise GateError(f"{report.title}, but the model became worse: {report.data.get('verdict_line')}")
     return report

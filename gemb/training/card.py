@@ -13,7 +13,6 @@ from gemb.model.folder import read_folder
 from gemb.recipe import resolved
 from gemb.training.data_recipe import PromptText
 from gemb.training.recipe import RunRecipe, TrainRecipe
-from gemb.training.record import not_compared
 
 _DECLARATIONS = "config_sentence_transformers.json"
 
@@ -127,15 +126,13 @@ def _qat(recipe: TrainRecipe, record: Mapping[str, Any]) -> str:
 
 
 def _scores(record: Mapping[str, Any]) -> str:
-    others = not_compared(record)
-    if not record["verdicts"] and not others:
+    if not record["verdicts"]:
         return "## Scores\n\nNothing was evaluated."
     rows = [
         f"| {one['metric']} | {one['before']:.4f} | {one['after']:.4f} | "
         f"{one['low']:+.4f} to {one['high']:+.4f} | {one['word']} |"
         for one in record["verdicts"]
     ]
-    rows += [f"| {name} | {before:.4f} | {after:.4f} | | |" for name, before, after in others]
     head = "| measure | before | after | 95 % of the difference | verdict |\n| --- | --- | --- | --- | --- |"
     return "\n".join(["## Scores", "", head, *rows])
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemb.errors import GembError
-from gemb.evaluation import Task, View, evaluate
+from gemb.evaluation import Score, Task, View, evaluate
 from gemb.evaluation.reading import Choices, read_task
 from gemb.text.prompts import Prompts
 from gemb.text.tokenisation import Tokeniser
@@ -41,10 +41,14 @@ class EvaluatedSets:
         self._sizes = sizes
 
     def measure(self, encoder: PackedEncoder, device: str, tokens_per_chunk: int) -> Measured:
-        """The main metric of each task at each size; of those that are means, the value of each item."""
+        """The main metric of each task at each size; of those that are means, the value of each item.
+
+        Of the others the whole score is kept besides, for a verdict.
+        """
         model = _Model(self, encoder, device, tokens_per_chunk)
         scores: dict[str, NDArray[np.float64]] = {}
         numbers: dict[str, float] = {}
+        statistics: dict[str, Score] = {}
         for result in evaluate(model, self._tasks, [View(size) for size in self._sizes]):
             main = f"{result.task.name}/{result.score.metric}"
             name = measure_name(main, result.view.dims, self._sizes[0])
@@ -52,7 +56,8 @@ class EvaluatedSets:
                 scores[name] = result.score.values
             else:
                 numbers[name] = result.score.value
-        return Measured(scores, {}, numbers)
+                statistics[name] = result.score
+        return Measured(scores, {}, numbers, statistics)
 
 
 class _Model:

@@ -6,7 +6,7 @@ Q queries, C candidates (the distinct positives), D model width, R rows (texts).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gemb.errors import GembError
+from gemb.evaluation.tasks import Score
 from gemb.losses.prefixes import unit
 from gemb.text.prompts import Prompts, Template
 from gemb.text.tokenisation import Encoded, Tokeniser
@@ -23,6 +24,7 @@ from gemb.training.data_recipe import DataSet
 from gemb.training.examples import open_rows
 from gemb.training.gradients import PackedEncoder, chunks
 from gemb.training.mixture import templates
+from gemb.training.verdict import Resampled
 
 RANKS = 10
 """nDCG looks at so many of the best candidates."""
@@ -41,6 +43,15 @@ class Measured:
     """By name (`docstrings/positive`), how many cosines fall into each of 50 bins from -1 to 1."""
     numbers: Mapping[str, float] = field(default_factory=dict)
     """Measures that are no means over queries, such as a rank correlation."""
+    statistics: Mapping[str, Score] = field(default_factory=dict)
+    """Those of `numbers` that can be had over some of the items alone, and how, until `resampled`."""
+    resamples: Mapping[str, Resampled] = field(default_factory=dict)
+    """The same, over the draws that a verdict needs; empty before `resampled`."""
+
+    def resampled(self) -> Measured:
+        """This with its `resamples`. Slow, so it is for the first and the last measurement of a run alone."""
+        found = {name: Resampled.of(score) for name, score in self.statistics.items()}
+        return replace(self, statistics={}, resamples={**self.resamples, **found})
 
     def means(self) -> dict[str, float]:
         """The mean of each measure."""
@@ -178,6 +189,7 @@ class Evaluations:
             {name: values for one in found for name, values in one.scores.items()},
             {name: values for one in found for name, values in one.histograms.items()},
             {name: value for one in found for name, value in one.numbers.items()},
+            {name: score for one in found for name, score in one.statistics.items()},
         )
 
 

@@ -35,15 +35,21 @@ if TYPE_CHECKING:
     from gemb.model.trainable import TrainableEncoder
 
 
-def make_plan(recipe: TrainRecipe, material: Material, open_teacher: OpenTeacher | None = None) -> Plan:
-    """A plan from opening the data and computing the gradients of one batch.
+def make_plan(
+    recipe: TrainRecipe,
+    material: Material,
+    open_teacher: OpenTeacher | None = None,
+    *,
+    overwrite: bool = False,
+) -> Plan:
+    """A plan from opening the data and computing the gradients of one batch; `overwrite` as the run gets it.
 
     Raises GembError as a run does before its first step.
     """
     if recipe.output is None:
         raise GembError("no output given; pass -o runs/first")
     with _prepared(recipe, material, open_teacher) as setup:
-        return _planned(setup, recipe.output)
+        return _planned(setup, recipe.output, overwrite=overwrite)
 
 
 def check_data(recipe: TrainRecipe, material: Material) -> Report:
@@ -83,7 +89,7 @@ def _dropout(encoder: TrainableEncoder) -> list[tuple[str, str]]:
     return [("dropout", f"{hidden:g} of the hidden numbers, {attention:g} of the attention weights")]
 
 
-def _planned(setup: Setup, output: Path) -> Plan:
+def _planned(setup: Setup, output: Path, *, overwrite: bool) -> Plan:
     recipe = setup.recipe
     encoder = load_encoder(setup)
     loss = make_loss(setup, encoder)
@@ -127,7 +133,11 @@ def _planned(setup: Setup, output: Path) -> Plan:
     ]  # fmt: skip
     notes = list(setup.notes)
     if output.exists():
-        notes.append(f"{output} exists; if another recipe made it, the run will need --overwrite")
+        notes.append(
+            f"{output} exists and will be replaced"
+            if overwrite
+            else f"{output} exists; if another recipe made it, the run will need --overwrite"
+        )
     rows += [("note", note) for note in notes]
     members = [
         (member.name, f"{member.prepared.size:,}", f"{member.prepared.rejected:,}", f"{member.share:.1%}",
@@ -135,7 +145,7 @@ def _planned(setup: Setup, output: Path) -> Plan:
         for member in setup.mixture.members
     ]  # fmt: skip
     return Plan(
-        title=f"would train {setup.model_name} into {output}",
+        title=f"would {'distil' if setup.teaching else 'train'} {setup.model_name} into {output}",
         rows=rows,
         data={
             "steps": steps,

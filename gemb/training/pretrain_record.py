@@ -14,7 +14,7 @@ from gemb.report import Report
 from gemb.report.progress import duration
 from gemb.training.card import how_made
 from gemb.training.pretrain_recipe import PretrainRecipe
-from gemb.training.record import worst_word
+from gemb.training.record import worst_of
 
 if TYPE_CHECKING:
     from gemb.training.loop import Progress
@@ -52,8 +52,7 @@ def record_of(
         "best_step": progress.best_step,
         "data_counts": (progress.position or {}).get("counts", {}),
         "first_reject": first_reject,
-        "verdict": worst_word(verdicts),
-        "verdict_line": str(verdicts[0]) if verdicts else None,
+        **worst_of(verdicts),
         "verdicts": [asdict(one) for one in verdicts],
         "measures": means,
         "notes": setup.notes,

@@ -61,8 +61,7 @@ def record_of(
         "best_step": progress.best_step,
         "data_counts": counts,
         "repeated": {name: one["repeated"] for name, one in repeats.items()},
-        "verdict": worst_word(verdicts),
-        "verdict_line": str(verdicts[0]) if verdicts else None,
+        **worst_of(verdicts),
         "verdicts": [asdict(one) for one in verdicts],
         "measures": means,
         "notes": setup.notes,
@@ -88,7 +87,6 @@ def make_report(setup: Setup, record: Mapping[str, Any]) -> Report:
         rows.append(("qat", f"{setup.recipe.qat}; scores are those of the quantised model"))
     rows += _left_out(record["counts"])
     rows += [("verdict", str(one)) for one in shown_verdicts(record)]
-    rows += [(name, f"{before:.3f} -> {after:.3f}") for name, before, after in not_compared(record)]
     if "teacher" in record:
         rows += _taught(record)
     rows.append(("pictures", str(setup.folder.output / "run" / "report.html")))
@@ -135,13 +133,6 @@ def shown_verdicts(record: Mapping[str, Any]) -> list[Verdict]:
     return [Verdict(**one) for one in record["verdicts"] if is_full_size(one["metric"])]
 
 
-def not_compared(record: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """(measure, before, after) of those that have no verdict, such as rank correlations."""
-    judged = {one["metric"] for one in record["verdicts"]}
-    before, after = (record["measures"].get(when, {}) for when in ("before", "after"))
-    return [(name, before[name], after[name]) for name in after if name not in judged and name in before]
-
-
 def already_done(recipe: RunRecipe, folder: RunFolder) -> Report:
     """The report of a run that was finished before.
 
@@ -159,12 +150,15 @@ def already_done(recipe: RunRecipe, folder: RunFolder) -> Report:
     )
 
 
-def worst_word(verdicts: Sequence[Verdict]) -> str | None:
-    """The worst word of all data sets at full width, so that a gate misses nothing."""
+def worst_of(verdicts: Sequence[Verdict]) -> dict[str, str | None]:
+    """The worst verdict at full width, as a word and as a line, so that a gate misses nothing."""
     from gemb.training.held_out import is_full_size
 
-    words = [one.word for one in verdicts if is_full_size(one.metric)]
-    return next((word for word in ("REGRESSION", "TIE", "WIN") if word in words), None)
+    full = [one for one in verdicts if is_full_size(one.metric)]
+    worst = min(full, key=lambda one: ("REGRESSION", "TIE", "WIN").index(one.word), default=None)
+    if worst is None:
+        return {"verdict": None, "verdict_line": None}
+    return {"verdict": worst.word, "verdict_line": str(worst)}
 
 
 def _shown_data(name: str, counts: Mapping[str, int]) -> str:

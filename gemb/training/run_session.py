@@ -30,7 +30,7 @@ from gemb.training.optimizers import LastAverage, MovingAverage, clip_gradients,
 from gemb.training.random_numbers import seeded
 from gemb.training.schedules import schedule
 from gemb.training.sharding import ShardedAverage, ShardedOptimizer, Shards
-from gemb.training.verdict import Verdict, compare
+from gemb.training.verdict import Resampled, Verdict, compare, compare_resampled
 
 if TYPE_CHECKING:
     from gemb.device import Device
@@ -174,7 +174,7 @@ class RunSession(ABC, Generic[S, M, B]):
         """Choose the weights, measure them, and put the model folder in place; gives the report."""
         setup = self.setup
         with self._result_weights():
-            final = self._measure()
+            final = _resampled(self._measure())
             verdicts = _verdicts(self.baseline, final)
             if final is not None:
                 self._log(final)
@@ -308,7 +308,9 @@ class RunSession(ABC, Generic[S, M, B]):
         file = self.setup.folder.baseline
         if not self.setup.ranks.is_first:
             return None
-        measured = from_json(read_json(file)) if file.is_file() else self._measure()
+        known = read_json(file) if file.is_file() else {}
+        # What an older gemb measured has no resamples, so it is measured again.
+        measured = from_json(known) if "resamples" in known else _resampled(self._measure())
         if measured is None:
             return None
         write_json(file, as_json(measured))
@@ -387,6 +389,10 @@ def as_json(measured: Measured) -> dict[str, Any]:
     return {
         "numbers": dict(measured.numbers),
         "scores": {name: values.tolist() for name, values in measured.scores.items()},
+        "resamples": {
+            name: {"value": one.value, "draws": one.draws.tolist(), "items": one.items}
+            for name, one in measured.resamples.items()
+        },
         "histograms": {name: counts.tolist() for name, counts in measured.histograms.items()},
     }
 
@@ -397,7 +403,11 @@ def from_json(values: Mapping[str, Any]) -> Measured:
         name: np.array(one, np.float64) for name, one in values["scores"].items()
     }
     counts = {name: np.array(one, np.int64) for name, one in values["histograms"].items()}
-    return Measured(scores, counts, values["numbers"])
+    resamples = {
+        name: Resampled(one["value"], np.array(one["draws"], np.float64), one["items"])
+        for name, one in values.get("resamples", {}).items()
+    }
+    return Measured(scores, counts, values["numbers"], resamples=resamples)
 
 
 def _average_of(
@@ -414,4 +424,11 @@ def _average_of(
 def _verdicts(before: Measured | None, after: Measured | None) -> list[Verdict]:
     if before is None or after is None:
         return []
-    return [compare(name, before.scores[name], values) for name, values in after.scores.items()]
+    return [
+        *(compare(name, before.scores[name], values) for name, values in after.scores.items()),
+        *(compare_resampled(name, before.resamples[name], one) for name, one in after.resamples.items()),
+    ]
+
+
+def _resampled(measured: Measured | None) -> Measured | None:
+    return None if measured is None else measured.resampled()

@@ -1,4 +1,4 @@
-"""Whether a trained model is better than the one it began as: paired bootstrap over queries."""
+"""Whether a trained model is better than it was before: paired bootstrap over queries or other items."""
 
 from __future__ import annotations
 
@@ -7,9 +7,34 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gemb.evaluation.comparing import Word
+from gemb.evaluation.comparing import SHARE, SLOW_DRAWS, Comparison, Word
 from gemb.evaluation.comparing import compare as bootstrap
-from gemb.evaluation.tasks import mean_of
+from gemb.evaluation.tasks import Score, mean_of
+
+_SEED = 42  # the one that comparing has, so that gemb eval --against says the same
+
+
+@dataclass(frozen=True, slots=True)
+class Resampled:
+    """A measure that is no mean of its items, such as a rank correlation, over draws of the items.
+
+    The draws depend on the number of items alone, so those of a model before and after are the same.
+    """
+
+    value: float
+    """Over all items."""
+    draws: NDArray[np.float64]
+    """[1000], each over as many items, drawn with replacement."""
+    items: int
+
+    @classmethod
+    def of(cls, score: Score) -> Resampled:
+        """The main metric of a score; a thousand times its work."""
+        random = np.random.default_rng(_SEED)
+        draws = [
+            score.statistic(random.integers(0, score.items, size=score.items)) for _ in range(SLOW_DRAWS)
+        ]
+        return cls(score.value, np.array(draws), score.items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,16 +45,19 @@ class Verdict:
     before: float
     after: float
     low: float
-    """Lower end of the 95 % interval of the difference of the means."""
+    """Lower end of the 95 % interval of the difference of the measure."""
     high: float
     word: Word
     queries: int
+    """How many queries, or other items, the measure is made of."""
+    unit: str = "queries"
+    """What these are."""
 
     def __str__(self) -> str:
         """`WIN docstrings nDCG@10 0.412 -> 0.581 (+0.152 to +0.185, 500 queries)`."""
         return (
             f"{self.word} {self.metric} {self.before:.3f} -> {self.after:.3f} "
-            f"({self.low:+.3f} to {self.high:+.3f}, {self.queries:,} queries)"
+            f"({self.low:+.3f} to {self.high:+.3f}, {self.queries:,} {self.unit})"
         )
 
 
@@ -45,4 +73,18 @@ def compare(metric: str, before: NDArray[np.float64], after: NDArray[np.float64]
     found = bootstrap([mean_of(metric, after, {})], [mean_of(metric, before, {})])
     return Verdict(
         metric, float(before.mean()), float(after.mean()), found.low, found.high, found.verdict, len(before)
+    )
+
+
+def compare_resampled(metric: str, before: Resampled, after: Resampled) -> Verdict:
+    """The verdict on a measure over the same draws of the same items before and after, as `compare`.
+
+    Raises ValueError if the items are not as many.
+    """
+    if before.items != after.items or before.draws.shape != after.draws.shape:
+        raise ValueError(f"{metric} has {before.items} items before and {after.items} after")
+    low, high = np.quantile(after.draws - before.draws, [(1 - SHARE) / 2, (1 + SHARE) / 2])
+    found = Comparison(after.value - before.value, float(low), float(high))
+    return Verdict(
+        metric, before.value, after.value, found.low, found.high, found.verdict, after.items, "items"
     )

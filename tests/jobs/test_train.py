@@ -417,6 +417,64 @@ def test_a_model_that_became_worse_fails_the_gate_if_wished(place: Path, tmp_pat
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
+def write_scored(place: Path, file: Path, field: str) -> Path:
+    """Pairs that the first model scores without a fault; a `label` says whether one is above the median."""
+    random = np.random.default_rng(3)
+    words = random.integers(4, VOCABULARY, (60, 9))
+    texts = [[" ".join(f"w{word}" for word in part) for part in (row[:6], row[3:])] for row in words]
+    encoder = Encoder.load(place / "base", device="cpu", precision="fp32", threads=1)
+    firsts, seconds = (encoder.embed([pair[side] for pair in texts], as_="none") for side in (0, 1))
+    cosines = (firsts * seconds).sum(axis=1)
+    values = cosines.tolist() if field == "score" else (cosines > np.median(cosines)).astype(int).tolist()
+    rows = [
+        {"sentence1": one, "sentence2": other, field: value}
+        for (one, other), value in zip(texts, values, strict=True)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return file
+
+
+@pytest.mark.parametrize(("field", "metric"), [("score", "spearman"), ("label", "ap")])
+def test_the_gate_holds_for_sets_whose_measure_is_no_mean(
+    place: Path, tmp_path: Path, field: str, metric: str
+) -> None:
+    scored = write_scored(place, tmp_path / "pairs60.jsonl", field)
+    changes = (f"evaluation.sets=[{scored}]", "evaluation.pairs=[]", "optimizer.learning_rate=0.5",
+               "fail_on_regression=true", "ema=null")  # fmt: skip
+    worse = rf"but the model became worse: REGRESSION pairs60/{metric} .*, 60 items\)$"
+    with pytest.raises(GateError, match=worse) as error:
+        trained(place, tmp_path / "out", *changes)
+    assert error.value.exit_code == Exit.GATE
+    record = json.loads((tmp_path / "out/gemb.json").read_text("utf-8"))
+    assert [one["metric"] for one in record["verdicts"]] == [f"pairs60/{metric}", f"pairs60/{metric}/32"]
+    assert f"| pairs60/{metric} | " in (tmp_path / "out/README.md").read_text("utf-8")
+    # The same command again has nothing to do, and the model is no better for it.
+    with pytest.raises(GateError, match=rf"was trained before; nothing to do, {worse}"):
+        trained(place, tmp_path / "out", *changes)
+
+
+def test_a_verdict_on_scored_pairs_is_the_same_after_a_kill(place: Path, tmp_path: Path) -> None:
+    scored = write_scored(place, tmp_path / "pairs60.jsonl", "score")
+    changes = (f"evaluation.sets=[{scored}]", "evaluation.pairs=[]")
+    once = trained(place, tmp_path / "once", *changes)
+    stopped(place, tmp_path / "twice", *changes, after=4)
+    assert trained(place, tmp_path / "twice", *changes).data["verdicts"] == once.data["verdicts"]
+
+
+def test_the_gate_names_the_set_that_became_worse_not_the_first(place: Path, tmp_path: Path) -> None:
+    scored = write_scored(place, tmp_path / "pairs60.jsonl", "score")
+    random = np.random.default_rng(5)
+    rows = [json.loads(line) for line in scored.read_text("utf-8").splitlines()]
+    scores = random.permutation([row["score"] for row in rows]).tolist()
+    noise = tmp_path / "noise.jsonl"
+    noise.write_text("".join(
+        json.dumps({**row, "score": score}) + "\n" for row, score in zip(rows, scores, strict=True)
+    ), "utf-8")  # fmt: skip
+    with pytest.raises(GateError, match="became worse: REGRESSION pairs60/spearman"):
+        trained(place, tmp_path / "out", f"evaluation.sets=[{noise}, {scored}]", "evaluation.pairs=[]",
+                "optimizer.learning_rate=0.5", "fail_on_regression=true", "ema=null")  # fmt: skip
+
+
 def test_false_negatives_are_found_by_a_teacher_counted_and_told(place: Path, tmp_path: Path) -> None:
     tiny_folder(tmp_path / "teacher", "bert")
     finder = f"false_negatives: {{model: {tmp_path / 'teacher'}, absolute_margin: 0.0}}"
@@ -491,6 +549,19 @@ def test_a_plan_tells_steps_tokens_and_time_and_leaves_nothing(place: Path, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_tells_what_becomes_of_an_output_that_exists(
+    place: Path, whole: tuple[Report, Path], gemb: Callable[..., Finished]
+) -> None:
+    _, output = whole
+    wanted = load(place / "r.yaml", TrainRecipe, ("steps=1",), {"output": output})
+    assert plan(wanted).rows[-1] == (
+        "note", f"{output} exists; if another recipe made it, the run will need --overwrite"
+    )  # fmt: skip
+    assert plan(wanted, overwrite=True).rows[-1] == ("note", f"{output} exists and will be replaced")
+    done = gemb("train", place / "r.yaml", "steps=1", "-o", output, "--dry-run", "--overwrite")
+    assert (done.code, "exists and will be replaced" in " ".join(done.out.split())) == (0, True)
+
+
 def test_the_command_line_trains_and_prints_one_object(
     place: Path, tmp_path: Path, gemb: Callable[..., Finished]
 ) -> None:
@@ -543,8 +614,7 @@ def test_beir_folders_and_scored_pairs_are_measured_before_and_after(place: Path
     verdicts = {str(one["metric"]): one for one in report.data["verdicts"]}  # type: ignore[attr-defined]
     assert "beir/nDCG@10" in verdicts
     assert "beir/nDCG@10/32" in verdicts
-    labels = dict(report.rows)
-    assert "sts/spearman" in labels
+    assert {"sts/spearman", "sts/spearman/32"} <= verdicts.keys()
     assert "sts/spearman | " in (tmp_path / "out/README.md").read_text("utf-8")
     lines = [line for line in metrics(tmp_path / "out") if "eval/sts/spearman" in line]
     assert [line["step"] for line in lines] == [0, 1, 2]
