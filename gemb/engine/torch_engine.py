@@ -74,7 +74,7 @@ class TorchEngine:
             proof = prove_bidirectional(encoder)
         tokens = batch_tokens or (CPU_TOKENS if chosen.kind == "cpu" else GPU_TOKENS)
         engine = cls(encoder, chosen, folder.dims, tokens)
-        if proof.neighbour_difference and chosen.kind == "cpu":
+        if proof.is_collapsed or (proof.neighbour_difference and chosen.kind == "cpu"):
             engine.notes += (str(proof),)
         return engine
 

@@ -127,6 +127,34 @@ def test_narrow_windows_and_few_layers_are_proved_too(make: Make) -> None:
     assert prove_bidirectional(make("gemma3", config=one)).is_bidirectional
 
 
+@pytest.mark.parametrize("name", ["bert", "llama", "gemma3"])
+def test_a_collapsed_model_is_told_as_that_and_not_refused_as_causal(
+    name: str, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(name)
+    state = torch.randn(64, generator=torch.Generator().manual_seed(0))
+
+    def collapsed(ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> Tensor:
+        # The rounding of a real one: the last place of some numbers.
+        noise = torch.from_numpy(ids % 3 - 1)[:, None] * torch.finfo(torch.float32).eps
+        return state * (1 + noise)
+
+    monkeypatch.setattr(model, "states", collapsed)
+    for _ in range(2):  # the second is remembered
+        found = prove_bidirectional(model)
+        assert found.is_collapsed
+        assert str(found) == (
+            "the model gives nearly the same states for all texts, so it cannot tell them apart, and "
+            "which way it attends is not proved; go back to the model that it was made from"
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SORTS)
+def test_no_sound_model_is_told_to_be_collapsed(name: str, dtype: torch.dtype, make: Make) -> None:
+    assert not prove_bidirectional(make(name, dtype)).is_collapsed
+
+
 # --- the cache
 
 
