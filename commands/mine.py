@@ -19,7 +19,7 @@ from ._options import (
     given,
     option,
 )
-from ._show import plan_or_run
+from ._show import plan_or_run, show
 
 
 def mine(
@@ -33,10 +33,14 @@ def mine(
     negatives: Annotated[int | None, option(MineRecipe, "negatives")] = None,
     first_rank: Annotated[int | None, option(MineRecipe, "first_rank")] = None,
     last_rank: Annotated[int | None, option(MineRecipe, "last_rank")] = None,
-    relative_margin: Annotated[float | None, option(MineRecipe, "relative_margin")] = None,
-    absolute_margin: Annotated[float | None, option(MineRecipe, "absolute_margin")] = None,
-    min_score: Annotated[float | None, option(MineRecipe, "min_score")] = None,
-    max_score: Annotated[float | None, option(MineRecipe, "max_score")] = None,
+    relative_margin: Annotated[
+        str | None, option(MineRecipe, "relative_margin", metavar="<float>|none")
+    ] = None,
+    absolute_margin: Annotated[
+        str | None, option(MineRecipe, "absolute_margin", metavar="<float>|none")
+    ] = None,
+    min_score: Annotated[str | None, option(MineRecipe, "min_score", metavar="<float>|none")] = None,
+    max_score: Annotated[str | None, option(MineRecipe, "max_score", metavar="<float>|none")] = None,
     pick: Annotated[str | None, option(MineRecipe, "pick")] = None,
     seed: Annotated[int | None, option(MineRecipe, "seed")] = None,
     second: Annotated[str | None, option(MineRecipe, "second")] = None,
@@ -72,9 +76,21 @@ def mine(
     """
     from gemb.jobs import mine as job
 
+    limits = ("relative_margin", "absolute_margin", "min_score", "max_score")
     keys = {
-        **given(MineRecipe, locals()),
-        "pairs": tuple(pairs) if pairs else None,
+        key: _number(value) if key in limits else value for key, value in given(MineRecipe, locals()).items()
     }
+    keys["pairs"] = tuple(pairs) if pairs else None
     wanted = recipes.load(recipe, MineRecipe, set_ or (), keys)
-    plan_or_run(job, wanted, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose, overwrite=overwrite)
+    if dry_run:
+        show(job.plan(wanted, overwrite=overwrite), json=json, product=True)
+        return
+    plan_or_run(job, wanted, dry_run=False, json=json, quiet=quiet, verbose=verbose, overwrite=overwrite)
+
+
+def _number(text: object) -> object:
+    """The number in a text; another text as it is, for the recipe knows none and refuses the rest."""
+    try:
+        return float(str(text))
+    except ValueError:
+        return text

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from tempfile import TemporaryDirectory
+from typing import ClassVar, Literal, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gemb.errors import Exit, GembError, Interrupted
 from gemb.files import (
@@ -25,14 +26,18 @@ from gemb.files import (
     atomic_write,
     check_writable,
     file_digest,
+    free_bytes,
     os_errors_explained,
     read_json,
+    readable_bytes,
     write_json,
 )
 from gemb.jobs import embed
 from gemb.jobs.interrupts import Interrupts
 from gemb.jobs.mining import Miner, Scorer, Tally, collect
+from gemb.jobs.planning import COUNT_SECONDS
 from gemb.jobs.record import done_already, keep_record, record_path, versions
+from gemb.jobs.reporting import duration_of
 from gemb.jobs.request import InputIdentity, Request, other_version, refuse
 from gemb.jobs.setup import OpenEngine, check_apart, dims_of
 from gemb.mining.graph import GraphSearch
@@ -47,13 +52,16 @@ from gemb.text.inputs import InputFile, resolve_inputs
 from gemb.text.prompts import QUERY, Prompts
 from gemb.training.data_recipe import NO_PROMPTS, ColumnNames, DataSet
 from gemb.training.documents import beir_files
-from gemb.training.examples import Rows, open_rows
+from gemb.training.examples import OnRows, Rows, open_rows
 from gemb.vectors.layout import OutputFile
 
 __all__ = ["MineRecipe", "plan", "run"]
 
 FORMAT = 1
 """Of a work folder."""
+PLANNED_ROWS = 50_000
+"""Rows of the pairs that a dry run reads at most."""
+_COLUMNS_HINT = "--set 'columns={query: A, positive: B}'"
 
 
 class MineRecipe(ComputeRecipe):
@@ -76,11 +84,11 @@ class MineRecipe(ComputeRecipe):
     relative_margin: float | None = Field(default=0.05, ge=0)
     """A negative scores below positive - |positive| times this, right below zero, too; none turns it off."""
     absolute_margin: float | None = Field(default=None, ge=0)
-    """A negative scores below positive minus this."""
+    """A negative scores below positive minus this; none turns it off."""
     min_score: float | None = None
-    """A negative scores at least this."""
+    """A negative scores at least this; none turns it off."""
     max_score: float | None = None
-    """A negative scores at most this."""
+    """A negative scores at most this; none turns it off."""
     pick: Pick = "top"
     """Of the passages that fit: top the closest, random a sample, last the least close."""
     seed: int = Field(default=42, ge=0)
@@ -111,6 +119,12 @@ class MineRecipe(ComputeRecipe):
     """Usable rows to take, from the first on; by default all."""
     wait_lock: float = Field(default=0.0, ge=0)
     """Seconds to wait while another run holds the output."""
+
+    @field_validator("relative_margin", "absolute_margin", "min_score", "max_score", mode="before")
+    @classmethod
+    def _none_by_name(cls, value: object) -> object:
+        """The word none says on the command line what null says in a file."""
+        return None if value == "none" else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -170,6 +184,11 @@ class _Setup:
         return self.output.with_name(self.output.name + ".rejects.jsonl")
 
     @property
+    def has_rows(self) -> bool:
+        """Whether the work folder holds rows that were read to their end."""
+        return any((self.work / "rows").glob("*/prepared.json"))
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The models as the user called them."""
         own = self.recipe.model or DEFAULT_MODEL
@@ -197,19 +216,100 @@ class _Setup:
         )
 
 
-def plan(recipe: MineRecipe) -> Plan:
-    """What `run` would do, for --dry-run. Writes nothing; raises GembError as `run` does before the work."""
+def plan(recipe: MineRecipe, *, overwrite: bool = False, open_engine: OpenEngine | None = None) -> Plan:
+    """What `run` would do, for --dry-run: rows, texts, tokens, sizes and time. Writes nothing that stays.
+
+    Reads PLANNED_ROWS rows and COUNT_SECONDS of the corpus at most, as `run` would. Raises GembError as `run`
+    does before the work, for rows that cannot be used, too, and for what another request left.
+    """
     setup = _prepare(recipe)
+    found = _found(setup, overwrite=overwrite)
+    with TemporaryDirectory(prefix="gemb-mine-") as folder:
+        return _planned(setup, found, Path(folder), open_engine)
+
+
+def _planned(
+    setup: _Setup, found: Request | Report | None, work: Path, open_engine: OpenEngine | None
+) -> Plan:
+    """The plan, from the texts collected in an empty folder."""
+    recipe = setup.recipe
+    limit = min(recipe.limit or PLANNED_ROWS, PLANNED_ROWS)
+    try:
+        rows = _open_rows(setup.data.model_copy(update={"limit": limit}), work / "rows")
+    except GembError as error:
+        told, in_folder, _ = str(error).partition(f"; all are in {work}")
+        if not in_folder:
+            raise
+        raise GembError(told) from error  # the file of all rejects goes with the folder
+    with rows:
+        complete = collect(
+            rows, setup.corpus, work, lambda *_: None, stop_at=time.monotonic() + COUNT_SECONDS
+        )
+        complete &= rows.size < PLANNED_ROWS or recipe.limit == PLANNED_ROWS
+        size, rejected, first_rejects = rows.size, rows.prepared.rejected, rows.prepared.first_rejects
+    with TextSet(work) as texts:
+        passages, queries, left_out, first_left_out = (
+            texts.passages, texts.queries, texts.left_out, texts.first_left_out,
+        )  # fmt: skip
+    kept = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    passage_bytes = (work / PASSAGES).stat().st_size / passages
+    row_bytes = (work / QUERIES).stat().st_size / queries + (1 + recipe.negatives) * passage_bytes
+    embedded = [
+        embed.plan(_embed_recipe(setup, number, name, work), open_engine=open_engine).data
+        for number in range(len(setup.models))
+        for name in (PASSAGES, QUERIES)
+    ]
+    complete &= all(data["rows_complete"] for data in embedded)
+    tokens, seconds, vector_bytes = (
+        sum(cast(float, data[key] or 0) for data in embedded) for key in ("tokens", "seconds", "bytes_needed")
+    )
+    # The mined rows lie in the work folder while they are copied to the output.
+    needed = round(kept + vector_bytes + 2 * size * row_bytes)
+    free = free_bytes(setup.output)
+    about = "" if complete else "at least "
+    notes = []
+    if isinstance(found, Report):
+        notes.append(f"{setup.output} is what is asked for: the run finds it done")
+    elif found is not None:
+        notes.append(f"{setup.work} is there from the same request: the run goes on with it")
+    else:
+        notes += [f"{path} is replaced" for path in (setup.output, setup.work) if path.exists()]
+    if recipe.cache is not None:
+        notes.append(f"the vectors that {recipe.cache} has are not computed again")
     shown = [
-        ("pairs", ", ".join(recipe.pairs)),
-        ("passages", _passages_shown(setup)),
+        ("pairs", f"{', '.join(recipe.pairs)}: {about}{counted(size, 'row')}"),
+        ("passages", f"{about}{passages:,} different ones, {_passages_shown(setup)}"),
+        ("queries", f"{about}{queries:,} different ones"),
         ("model", " and ".join(setup.names)),
         ("negatives", _rules_shown(recipe)),
+        ("device", str(embedded[0]["device"])),
+        ("tokens", f"{about or 'about '}{tokens:,.0f}"),
+        ("time", f"{about or 'about '}{duration_of(seconds)} to embed; the search comes on top"),
+        ("disk", f"{about or 'about '}{readable_bytes(needed)} needed, {readable_bytes(free)} free"),
     ]
+    if rejected:
+        shown.append(("rejected", f"{counted(rejected, 'row')}, the first {first_rejects[0]}"))
+    if left_out:
+        shown.append(("corpus", f"{counted(left_out, 'row')} left out, the first {first_left_out}"))
+    shown += [("note", note) for note in notes]
     return Plan(
-        title=f"would mine hard negatives into {setup.output}",
+        title=f"would mine hard negatives for {about}{counted(size, 'row')} into {setup.output}",
         rows=shown,
-        data={"recipe": resolved(recipe), "request": setup.request().as_json()},
+        data={
+            "recipe": resolved(recipe),
+            "request": setup.request().as_json(),
+            "rows": size,
+            "rows_complete": complete,
+            "rejected": rejected,
+            "passages": passages,
+            "passages_left_out": left_out,
+            "queries": queries,
+            "tokens": round(tokens),
+            "seconds": round(seconds, 3),
+            "bytes_needed": needed,
+            "bytes_free": free,
+            "notes": notes,
+        },
         outputs=[setup.output],
     )
 
@@ -239,9 +339,9 @@ def run(
             check_writable(setup.output)
             lock_file = setup.output.with_name(setup.output.name + ".lock")
             stack.enter_context(Lock(lock_file, str(setup.output), recipe.wait_lock))
-            request, done = _begin(setup, overwrite=overwrite)
-            if done is not None:
-                return done
+            request = _begin(setup, overwrite=overwrite)
+            if isinstance(request, Report):
+                return request
         try:
             return _Job(setup, request, interrupts, on_progress, open_engine).run(began)
         except Interrupted as error:
@@ -293,37 +393,50 @@ def _prepare(recipe: MineRecipe, announce: Callable[[str], None] = lambda _: Non
     return _Setup(recipe, recipe.output, data, passages, () if beir else files, inputs, models)
 
 
-def _begin(setup: _Setup, *, overwrite: bool) -> tuple[Request, Report | None]:
+def _begin(setup: _Setup, *, overwrite: bool) -> Request | Report:
     """The request, with its work folder made or found again; or the report of a job that is done."""
-    work, job = setup.work, setup.work / "job.json"
+    work = setup.work
     with os_errors_explained(setup.finished_work):
         if setup.finished_work.exists():  # of a run that was killed while it tidied up
             shutil.rmtree(setup.finished_work)
+    found = _found(setup, overwrite=overwrite)
+    if found is not None:
+        return found
+    request = setup.request()
+    with os_errors_explained(work):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+    write_json(work / "job.json", {"format": FORMAT, "request": request.as_json(), "versions": versions()})
+    return request
+
+
+def _found(setup: _Setup, *, overwrite: bool) -> Request | Report | None:
+    """The unfinished job of this request, the report of the finished one, or None where to begin anew.
+
+    Raises GembError for what is there and is not this request's, unless `overwrite`.
+    """
+    work, job = setup.work, setup.work / "job.json"
     begun = _begun(job, overwrite=overwrite)
     if begun is not None:
         differences = begun.differences(setup.request(begun.inputs))
         if not differences:
-            return begun, None
-        if not overwrite:
+            return begun
+        # Without rows nothing was done that could be lost.
+        if not overwrite and setup.has_rows:
             raise refuse(
                 f"{work} was begun by another request",
                 differences,
                 "run that request again to finish it, or pass --overwrite to start anew",
             )
-    request = setup.request()
-    if not overwrite:
-        done = done_already(setup.output, [setup.output], setup.request)
-        if done is not None:
-            return request, done
-    with os_errors_explained(work):
-        # Hidden files are those of a write that was killed.
-        strange = work.exists() and any(not path.name.startswith(".") for path in work.iterdir())
-        if strange and not job.exists() and not overwrite:
-            raise GembError(f"{work} is in the way and is not gemb's; move it, or choose another output")
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-    write_json(job, {"format": FORMAT, "request": request.as_json(), "versions": versions()})
-    return request, None
+    if overwrite:
+        return None
+    done = done_already(setup.output, [setup.output], setup.request)
+    if done is None and not job.exists():
+        with os_errors_explained(work):
+            # Hidden files are those of a write that was killed.
+            if work.exists() and any(not path.name.startswith(".") for path in work.iterdir()):
+                raise GembError(f"{work} is in the way and is not gemb's; move it, or choose another output")
+    return done
 
 
 def _begun(job: Path, *, overwrite: bool) -> Request | None:
@@ -392,15 +505,14 @@ class _Job:
         return report
 
     def _rows(self) -> Rows:
-        rows = open_rows(self._setup.data, self._setup.work / "rows", on_rows=self._reading)
-        if rows.shape != "pairs":
-            shape = rows.shape
-            rows.close()
-            raise GembError(
-                f"{rows.name}: the rows are {shape}, not queries with positives; "
-                "say which column is which under columns:, or shape: pairs"
-            )
-        return rows
+        work = self._setup.work
+        try:
+            return _open_rows(self._setup.data, work / "rows", self._reading)
+        except GembError as error:
+            # A request that can never finish leaves nothing, unless the message names the rejects it left.
+            if error.exit_code == Exit.USAGE and not TextSet.is_whole(work) and str(work) not in str(error):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
 
     def _reading(self, name: str, rows: int) -> None:
         self._on_progress(Event(f"reading {name}", rows))
@@ -412,33 +524,13 @@ class _Job:
         """The vectors of one model, embedded unless they are there."""
         with self._interrupts.at_once():  # a signal between two jobs is heard here
             pass
-        ending = ".npy" if number == 0 else ".second.npy"
-        recipe = self._setup.recipe
-        own = number == 0  # the second model has its own prompts, sizes and lengths
         paths = []
-        for name, as_ in ((PASSAGES, recipe.passage_as if own else None), (QUERIES, recipe.query_as)):
+        for name in (PASSAGES, QUERIES):
             what = name.removesuffix(".jsonl")
-            output = self._setup.work / f"{what}{ending}"
-            wanted = embed.EmbedRecipe(
-                inputs=(str(self._setup.work / name),),
-                output=output,
-                model=self._setup.names[number],
-                as_=(as_ if own else None) or (QUERY if name == QUERIES else None),
-                dims=recipe.dims if own else None,
-                normalise=True,
-                max_tokens=recipe.max_tokens if own else None,
-                on_error="skip",
-                cache=recipe.cache,
-                device=recipe.device,
-                precision=recipe.precision,
-                engine="torch",  # queries and passages alike, however few either are
-                threads=recipe.threads,
-                batch_tokens=recipe.batch_tokens,
-                offline=recipe.offline,
-            )
+            wanted = _embed_recipe(self._setup, number, name, self._setup.work)
             report = embed.run(wanted, self._renamed(f"embedding {what}"), open_engine=self._open_engine)
             self._embedded.append({"texts": what, "model": self._setup.names[number], **report.data})
-            paths.append(output)
+            paths.append(cast(Path, wanted.output))
         return Scorer.open(paths[0], paths[1], texts)
 
     def _search(self, scorer: Scorer) -> Search:
@@ -521,6 +613,48 @@ class _Job:
             # In one step, so that no part of it can be taken for a job that is to be gone on with.
             setup.work.rename(setup.finished_work)
             shutil.rmtree(setup.finished_work)
+
+
+def _open_rows(data: DataSet, cache: Path, on_rows: OnRows = lambda *_: None) -> Rows:
+    """The rows, prepared below `cache`. Raises GembError unless they are queries with positives."""
+    try:
+        rows = open_rows(data, cache, on_rows=on_rows)
+    except GembError as error:
+        if data.columns is None and "under columns:" in str(error):
+            raise GembError(f"{error}; on the command line: {_COLUMNS_HINT}") from error
+        raise
+    if rows.shape != "pairs":
+        shape = rows.shape
+        rows.close()
+        raise GembError(
+            f"{rows.name}: the rows are {shape}, not queries with positives; "
+            f"say which column is which with {_COLUMNS_HINT}, or pass --shape pairs"
+        )
+    return rows
+
+
+def _embed_recipe(setup: _Setup, number: int, name: str, work: Path) -> embed.EmbedRecipe:
+    """How a model, by number, embeds PASSAGES or QUERIES of a work folder."""
+    recipe = setup.recipe
+    own = number == 0  # the second model has its own prompts, sizes and lengths
+    as_ = recipe.query_as if name == QUERIES else recipe.passage_as
+    return embed.EmbedRecipe(
+        inputs=(str(work / name),),
+        output=work / (name.removesuffix(".jsonl") + (".npy" if own else ".second.npy")),
+        model=setup.names[number],
+        as_=(as_ if own else None) or (QUERY if name == QUERIES else None),
+        dims=recipe.dims if own else None,
+        normalise=True,
+        max_tokens=recipe.max_tokens if own else None,
+        on_error="skip",
+        cache=recipe.cache,
+        device=recipe.device,
+        precision=recipe.precision,
+        engine="torch",  # queries and passages alike, however few either are
+        threads=recipe.threads,
+        batch_tokens=recipe.batch_tokens,
+        offline=recipe.offline,
+    )
 
 
 def _tables(tally: Tally, wanted: int) -> list[Table]:

@@ -11,8 +11,10 @@ B rows of a block, Q different queries in it, D dims, k candidates.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,11 +46,15 @@ OnRows = Callable[[int, int | None], None]
 """Hears how many rows are done, and how many there are."""
 
 
-def collect(rows: Rows, corpus: InputFile | None, work: Path, on_rows: OnRows) -> None:
+def collect(
+    rows: Rows, corpus: InputFile | None, work: Path, on_rows: OnRows, *, stop_at: float = math.inf
+) -> bool:
     """Writes the different texts of the corpus and the rows into the work folder, anew.
 
-    Records of the corpus that cannot be read are left out, and counted.
+    Records of the corpus that cannot be read are left out, and counted. The corpus is left at `stop_at`, in
+    seconds of time.monotonic(). Returns whether it was read to its end.
     """
+    complete = True
     with TextWriter(work) as writer:
         if corpus is not None:
             for number, record in enumerate(read_records([corpus], ReadOptions())):
@@ -58,6 +64,9 @@ def collect(rows: Rows, corpus: InputFile | None, work: Path, on_rows: OnRows) -
                     writer.leave_out(str(record))
                 if number % _HEARD_EVERY == 0:
                     on_rows(number, None)
+                    if time.monotonic() > stop_at:
+                        complete = False
+                        break
         for row in range(rows.size):
             example = rows.example(row)
             writer.add_pair(
@@ -66,6 +75,7 @@ def collect(rows: Rows, corpus: InputFile | None, work: Path, on_rows: OnRows) -
             if row % _HEARD_EVERY == 0:
                 on_rows(row, rows.size)
         writer.finish()
+    return complete
 
 
 def _passage(text: Text) -> Passage:

@@ -26,6 +26,17 @@ def test_pairs_are_mined(gemb: Callable[..., Finished], tmp_path: Path) -> None:
     assert {text for row in mined for text in row["negative"]} == {positive for _, positive in texts}
 
 
+def test_a_limit_is_a_number_or_none(gemb: Callable[..., Finished], tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"query": "a cat", "positive": "a cat sits"}\n')
+    words = ["mine", tmp_path / "pairs.jsonl", "-o", tmp_path / "mined.jsonl", "--threads", "1", "--dry-run"]
+    done = gemb(*words, "--relative-margin", "none", "--max-score", "0.5")
+    assert done.code == 0, done.err
+    assert "top 5 of ranks 1 to 100, at most 0.5" in done.out
+    refused = gemb(*words, "--relative-margin", "off")
+    assert refused.code == 2
+    assert "--relative-margin: 'off' is not a number" in refused.err
+
+
 def test_a_mistake_is_one_message(gemb: Callable[..., Finished], tmp_path: Path) -> None:
     done = gemb("mine", tmp_path / "nothing.jsonl", "-o", tmp_path / "mined.jsonl")
     assert done.code == 2

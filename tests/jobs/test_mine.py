@@ -18,7 +18,7 @@ from gemb.files import Journal
 from gemb.jobs import mine as job
 from gemb.jobs.mine import MineRecipe
 from gemb.mining.rules import Choice, choose
-from gemb.report import Report
+from gemb.report import Plan, Report
 from gemb.text.batches import Batch
 from gemb.training.data_recipe import ColumnNames, DataSet
 from gemb.training.examples import open_rows
@@ -66,6 +66,12 @@ class Bench:
     ) -> Report:
         recipe = MineRecipe(pairs=pairs, output=self.place / output, **{"model": str(self.model), **settings})
         return job.run(recipe, overwrite=overwrite, open_engine=self.open_engine)
+
+    def plan(self, *pairs: str, overwrite: bool = False, **settings: Any) -> Plan:  # noqa: ANN401
+        recipe = MineRecipe(
+            pairs=pairs, output=self.place / "mined.jsonl", **{"model": str(self.model), **settings}
+        )
+        return job.plan(recipe, overwrite=overwrite, open_engine=self.open_engine)
 
     def mined(self, name: str = "mined.jsonl") -> Rows:
         return [json.loads(line) for line in (self.place / name).read_text().splitlines()]
@@ -260,6 +266,12 @@ def test_a_run_that_is_cut_off_while_it_tidies_up_is_done(
             bench.run(pairs)
     assert (bench.place / "mined.jsonl.partial.done").exists()
     assert bench.run(pairs).data["already_done"] is True
+    done = f"{bench.place / 'mined.jsonl'} is what is asked for: the run finds it done"
+    assert bench.plan(pairs).data["notes"] == [done]
+    with pytest.raises(
+        GembError, match="exists and was made by another request:\n  negatives was 5, now 2\n"
+    ):
+        bench.plan(pairs, negatives=2)
     assert sorted(path.name for path in bench.place.iterdir()) == [
         "mined.jsonl",
         "mined.jsonl.gemb.json",
@@ -444,6 +456,13 @@ def test_an_unfinished_job_of_another_request_is_refused(
             bench.run(pairs)
     with pytest.raises(GembError, match="was begun by another request:\n  seed was 42, now 7\n"):
         bench.run(pairs, seed=7)
+    with pytest.raises(GembError, match="was begun by another request:\n  seed was 42, now 7\n"):
+        bench.plan(pairs, seed=7)
+    work = bench.place / "mined.jsonl.partial"
+    assert bench.plan(pairs).data["notes"] == [
+        f"{work} is there from the same request: the run goes on with it"
+    ]
+    assert bench.plan(pairs, seed=7, overwrite=True).data["notes"] == [f"{work} is replaced"]
     assert bench.run(pairs, seed=7, overwrite=True).data["rows"] == 30
 
 
@@ -472,8 +491,40 @@ def test_labelled_rows_are_refused(bench: Bench) -> None:
         bench.run(bench.write(rows))
     assert str(caught.value) == (
         "pairs: the rows are labelled, not queries with positives; "
-        "say which column is which under columns:, or shape: pairs"
+        "say which column is which with --set 'columns={query: A, positive: B}', or pass --shape pairs"
     )
+    assert [path.name for path in bench.place.iterdir()] == ["pairs.jsonl"]
+
+
+UNNAMED = (
+    '{name}:1: cannot tell the roles of the columns "id", "text"; name them under columns: '
+    "query and positive, or first, second and score, or text and label; "
+    "on the command line: --set 'columns={{query: A, positive: B}}'"
+)
+
+
+def test_a_request_refused_at_its_first_row_leaves_nothing_by_run_or_plan(bench: Bench) -> None:
+    documents = bench.write(some_documents(), "docs.jsonl")
+    recipe = MineRecipe(pairs=(documents,), output=bench.place / "mined.jsonl", model=str(bench.model))
+    for attempt in (job.run, job.plan):
+        with pytest.raises(GembError) as caught:
+            attempt(recipe, open_engine=bench.open_engine)
+        assert str(caught.value) == UNNAMED.format(name=documents)
+        assert [path.name for path in bench.place.iterdir()] == ["docs.jsonl"]
+    assert bench.run(bench.write(some_pairs())).data["rows"] == 30
+
+
+def test_a_request_without_a_usable_row_keeps_its_rejects_and_is_not_in_the_way(bench: Bench) -> None:
+    bad = bench.write([{"query": "w1", "positive": "w1"}], "bad.jsonl")
+    with pytest.raises(GembError, match=r"no usable row; 1 rejected, .*; all are in ") as caught:
+        bench.run(bad)
+    assert Path(str(caught.value).rpartition("; all are in ")[2]).is_file()
+    with pytest.raises(GembError) as caught:
+        job.plan(MineRecipe(pairs=(bad,), output=bench.place / "x.jsonl", model=str(bench.model)))
+    assert str(caught.value) == (
+        f"bad: no usable row; 1 rejected, the first: {bad}:1: the positive equals the query"
+    )
+    assert bench.run(bench.write(some_pairs())).data["rows"] == 30
 
 
 @pytest.mark.parametrize(
@@ -489,12 +540,46 @@ def test_rules_that_contradict_each_other_are_refused(settings: dict[str, Any], 
         MineRecipe(**settings)
 
 
-def test_a_plan_says_what_would_be_done_and_writes_nothing(bench: Bench) -> None:
-    pairs = bench.write(some_pairs())
-    recipe = MineRecipe(pairs=(pairs,), output=bench.place / "mined.jsonl", model=str(bench.model))
-    plan = job.plan(recipe)
-    assert dict(plan.rows)["negatives"] == "top 5 of ranks 1 to 100, below positive - 0.05 |positive|"
-    assert [path.name for path in bench.place.iterdir()] == ["pairs.jsonl"]
+def test_a_plan_counts_what_the_run_then_embeds_and_writes_nothing(bench: Bench) -> None:
+    pairs, documents = bench.write(some_pairs()), bench.write(some_documents(), "docs.jsonl")
+    plan = bench.plan(pairs, corpus=documents, second=str(bench.other))
+    assert sorted(path.name for path in bench.place.iterdir()) == ["docs.jsonl", "pairs.jsonl"]
+    shown = dict(plan.rows)
+    assert plan.title == f"would mine hard negatives for 30 rows into {bench.place / 'mined.jsonl'}"
+    assert shown["negatives"] == "top 5 of ranks 1 to 100, below positive - 0.05 |positive|"
+    assert shown["time"].endswith(" to embed; the search comes on top")
+    assert plan.data["rows_complete"] is True
+    assert plan.data["notes"] == []
+    report = bench.run(pairs, corpus=documents, second=str(bench.other))
+    for name in ("rows", "passages", "queries", "rejected", "passages_left_out"):
+        assert plan.data[name] == report.data[name]
+    embedded: Any = report.data["embedded"]
+    assert plan.data["tokens"] == sum(one["tokens"] for one in embedded)
+    assert plan.data["bytes_needed"] > (bench.place / "mined.jsonl").stat().st_size  # type: ignore[operator]
+
+
+def test_a_plan_of_very_many_rows_says_at_least(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "PLANNED_ROWS", 10)
+    pairs, documents = bench.write(some_pairs()), bench.write(some_documents(), "docs.jsonl")
+    plan = bench.plan(pairs)
+    assert plan.title.startswith("would mine hard negatives for at least 10 rows into ")
+    assert bench.plan(pairs, limit=10).data["rows_complete"] is True
+    monkeypatch.setattr(job, "PLANNED_ROWS", 100)
+    assert bench.plan(pairs, corpus=documents).data["rows_complete"] is True
+    monkeypatch.setattr(job, "COUNT_SECONDS", -1.0)
+    cut = bench.plan(pairs, corpus=documents)
+    assert cut.data["rows_complete"] is False
+    assert dict(cut.rows)["passages"].startswith("at least ")
+
+
+def test_none_turns_a_limit_off_and_other_words_are_refused() -> None:
+    limits: dict[str, Any] = dict.fromkeys(
+        ("relative_margin", "absolute_margin", "min_score", "max_score"), "none"
+    )
+    recipe = MineRecipe(**limits)
+    assert [getattr(recipe, name) for name in limits] == [None] * 4
+    with pytest.raises(ValueError, match="valid number"):
+        MineRecipe(relative_margin="off")  # type: ignore[arg-type]
 
 
 @pytest.fixture
