@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemb.errors import GembError, UnavailableError
+from gemb.errors import GembError
 from gemb.evaluation.labels import Classification, Clustering, drawn
 from gemb.evaluation.pairs import PairClassification, Similarity
 from gemb.evaluation.ranking import Bitext, Reranking
@@ -53,10 +53,10 @@ class Choices:
 def read_task(path: Path, choices: Choices) -> Task:
     """The task of a file or folder.
 
-    Raises UnavailableError if it is not there, GembError for rows that are no such task's.
+    Raises GembError if it is not there, or its rows are no such task's.
     """
     if not path.exists():
-        raise UnavailableError(f"there is no {path} to evaluate on; check the path")
+        raise GembError(f"there is no {path} to evaluate on; check the path")
     if path.is_dir() and is_beir(path):
         if choices.kind not in (None, "retrieval"):
             raise GembError(f"{path} is a retrieval data set (corpus, queries, qrels), not {choices.kind}")

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gemb.errors import GembError
+from gemb.errors import GembError, MismatchError
 from gemb.evaluation.tasks import Score, Task, Texts
 from gemb.evaluation.views import View, Viewed, ranges_for
 
@@ -61,12 +61,12 @@ def evaluate(
 ) -> Iterator[Result]:
     """Every task in every view, task by task; by default whole vectors as they come.
 
-    Raises GembError for a view wider than the model, and where a text gives no vector.
+    Raises MismatchError for a view wider than the model, GembError where a text gives no vector.
     """
     views = views or [View(encoder.dims)]
     for view in views:
         if view.dims > encoder.dims:
-            raise GembError(f"--dims {view.dims} is more than the model's {encoder.dims}")
+            raise MismatchError(f"--dims {view.dims} is more than the model's {encoder.dims}")
         if view.dtype == "binary" and view.dims % 8:
             raise GembError(f"binary vectors have a multiple of 8 dims, not {view.dims}")
     for task in tasks:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gemb.errors import GembError, UnavailableError
+from gemb.errors import Exit, GembError
 from gemb.evaluation.labels import Classification
 from gemb.evaluation.pairs import PairClassification, Similarity
 from gemb.evaluation.ranking import Reranking
@@ -168,8 +168,9 @@ def test_unknown_shapes_list_what_is_known(tmp_path: Path) -> None:
 
 
 def test_missing_data_and_splits_are_told(tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError) as caught:
+    with pytest.raises(GembError) as caught:
         read_task(tmp_path / "nothing", Choices())
+    assert caught.value.exit_code == Exit.USAGE  # as for every input; 7 is for models
     assert str(caught.value) == f"there is no {tmp_path / 'nothing'} to evaluate on; check the path"
     write(tmp_path / "intents/train.jsonl", LABELLED)
     with pytest.raises(GembError) as mistake:

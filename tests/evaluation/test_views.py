@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gemb.errors import GembError
+from gemb.errors import Exit, GembError
 from gemb.evaluation import View, evaluate
 from gemb.evaluation.pairs import Similarity
 from gemb.evaluation.tasks import Texts
@@ -61,16 +61,17 @@ def test_progress_counts_the_texts_of_a_task(encoder: WordEncoder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("view", "message"),
+    ("view", "message", "code"),
     [
-        (View(DIMS + 1), f"--dims {DIMS + 1} is more than the model's {DIMS}"),
-        (View(12, "binary"), "binary vectors have a multiple of 8 dims, not 12"),
+        (View(DIMS + 1), f"--dims {DIMS + 1} is more than the model's {DIMS}", Exit.MISMATCH),
+        (View(12, "binary"), "binary vectors have a multiple of 8 dims, not 12", Exit.USAGE),
     ],
 )
 def test_views_that_cannot_be_are_told_before_a_text_is_embedded(
-    encoder: WordEncoder, view: View, message: str
+    encoder: WordEncoder, view: View, message: str, code: Exit
 ) -> None:
     with pytest.raises(GembError) as caught:
         list(evaluate(encoder, [Similarity("s", {"firsts": Texts(["a"], ())}, [1.0])], [view]))
     assert str(caught.value) == message
+    assert caught.value.exit_code == code
     assert encoder.seen == []

@@ -6,7 +6,7 @@ import pytest
 
 from gemb.engine.encoder import Encoder
 from gemb.engine.torch_engine import TorchEngine
-from gemb.errors import Exit, GembError, UnavailableError
+from gemb.errors import Exit, GembError
 from gemb.jobs import eval as job
 from gemb.jobs.eval import EvalRecipe
 from tests.conftest import ROOT
@@ -172,7 +172,7 @@ def test_data_without_two_towers_have_no_space_and_no_model_is_loaded(
         ),
         (
             {"data": ("nothing.jsonl",)},
-            UnavailableError,
+            GembError,
             "there is no nothing.jsonl to evaluate on; check the path",
         ),
     ],
