@@ -7,6 +7,7 @@ import typer
 
 from gemb import recipe as recipes
 from gemb.jobs.distill import DistillRecipe
+from gemb.report import progress
 
 from ._options import (
     DryRunOption,
@@ -18,7 +19,7 @@ from ._options import (
     given,
     option,
 )
-from ._show import plan_or_run
+from ._show import show
 
 
 def distill(
@@ -59,4 +60,9 @@ def distill(
     wanted = recipes.load(
         recipe, DistillRecipe, [*(changes or ()), *(set_ or ())], given(DistillRecipe, locals())
     )
-    plan_or_run(job, wanted, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose, overwrite=overwrite)
+    if dry_run:
+        show(job.plan(wanted, overwrite=overwrite), json=json, product=True)
+        return
+    with progress(quiet=quiet, json=json, verbose=verbose) as on_progress:
+        report = job.run(wanted, on_progress, overwrite=overwrite)
+    show(report, json=json, quiet=quiet)

@@ -16,6 +16,7 @@ from pathlib import Path
 from gemb.errors import GembError
 from gemb.files import read_json
 from gemb.jobs import quickstart, train
+from gemb.recipe import refused
 from gemb.report import OnProgress, Plan, Report, ignore
 from gemb.training.data_recipe import PromptText
 from gemb.training.distill_recipe import DistillRecipe, ModelConfig, StudentSettings
@@ -25,7 +26,7 @@ from gemb.training.teacher_recipe import TeacherSettings
 __all__ = ["DistillRecipe", "plan", "run"]
 
 
-def plan(recipe: DistillRecipe) -> Plan:
+def plan(recipe: DistillRecipe, *, overwrite: bool = False) -> Plan:
     """What `run` would do, for --dry-run, from one batch; the teacher's time for it is not in the estimate.
 
     Raises GembError as `run` does before its first step.
@@ -34,7 +35,7 @@ def plan(recipe: DistillRecipe) -> Plan:
     from gemb.training.planning import make_plan
 
     wanted, teacher, material = _resolved(recipe)
-    return make_plan(wanted, material, opener(wanted, teacher))
+    return make_plan(wanted, material, opener(wanted, teacher), overwrite=overwrite)
 
 
 def run(recipe: DistillRecipe, on_progress: OnProgress = ignore, *, overwrite: bool = False) -> Report:
@@ -66,7 +67,7 @@ def _resolved(recipe: DistillRecipe) -> tuple[DistillRecipe, TeacherSettings, Ma
         for prompt in (data.prompts.query, data.prompts.passage)
         if isinstance(prompt, PromptText)
     ]
-    writer = _Student(student, prompts, recipe.max_tokens, recipe.offline)
+    writer = _Student(student, prompts, recipe)
     material = replace(quickstart.MATERIAL, model_name=student.label, write_model=writer.write)
     return wanted, recipe.teacher, material
 
@@ -87,8 +88,7 @@ class _Student:
     student: StudentSettings
     prompts: Sequence[str]
     """Texts that the recipe puts before others: they are tokens of the student, too."""
-    max_tokens: int | None
-    offline: bool
+    recipe: DistillRecipe
 
     def write(self, folder: Path, texts: Iterator[str], seed: int) -> None:
         """Write the student's folder, cut from another model or of random weights.
@@ -97,7 +97,7 @@ class _Student:
         """
         from gemb.model.folder import read_folder
         from gemb.model.hub import find_model
-        from gemb.model.pruned import write_pruned
+        from gemb.model.pruned import count_layers, write_pruned
 
         student = self.student
         if isinstance(student.config, ModelConfig):
@@ -111,8 +111,16 @@ class _Student:
             kept = chain(
                 texts if student.keep_vocab == "data" else _texts_of(student.keep_vocab), self.prompts
             )
-        source = read_folder(find_model(student.from_, offline=self.offline))
+        source = read_folder(find_model(student.from_, offline=self.recipe.offline))
+        self._check_layers(count_layers(source, source.weights()))
         write_pruned(source, folder, keep_layers=student.keep_layers, texts=kept, largest=student.vocabulary)
+
+    def _check_layers(self, layers: int) -> None:
+        """Raises GembError, with the place in the recipe, for a layer that the model does not have."""
+        kept = self.student.keep_layers
+        if kept and kept[-1] >= layers:
+            message = f"{self.student.from_} has no layer {kept[-1]}; keep_layers takes 0 to {layers - 1}"
+            raise refused(self.recipe, ("student", "keep_layers"), message)
 
     def _write_random(self, config: ModelConfig, folder: Path, seed: int) -> None:
         from gemb.model.folder import read_folder
@@ -120,11 +128,15 @@ class _Student:
         from gemb.model.random_weights import write_random
         from gemb.training.setup import USUAL_MAX_TOKENS
 
-        tokenizer = find_model(self.student.tokenizer, offline=self.offline)
+        tokenizer = find_model(self.student.tokenizer, offline=self.recipe.offline)
         if not (tokenizer / "tokenizer.json").is_file() and (tokenizer / "config.json").is_file():
             tokenizer = read_folder(tokenizer).tokenizer_folder
         write_random(
-            config.model_dump(), tokenizer, folder, seed=seed, max_tokens=self.max_tokens or USUAL_MAX_TOKENS
+            config.model_dump(),
+            tokenizer,
+            folder,
+            seed=seed,
+            max_tokens=self.recipe.max_tokens or USUAL_MAX_TOKENS,
         )
 
 

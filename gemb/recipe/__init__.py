@@ -4,7 +4,7 @@ A command's recipe is a class derived from `Recipe`; the sentence under a field 
 and becomes `--help`, the docs page and the JSON schema.
 """
 
-from gemb.recipe.loading import Origin, load, load_one_of, origin
+from gemb.recipe.loading import Origin, load, load_one_of, origin, refused
 from gemb.recipe.schema import (
     ComputeRecipe,
     InferenceRecipe,
@@ -33,6 +33,7 @@ __all__ = [
     "load",
     "load_one_of",
     "origin",
+    "refused",
     "refused_precision",
     "resolved",
     "shipped_recipes",

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -28,6 +28,8 @@ class Origin:
     """The file or the shipped name; None when all came from defaults and the command line."""
     overridden: tuple[str, ...]
     """The keys that the command line gave, in its order."""
+    places: Mapping[Key, Place] = field(default_factory=dict, repr=False, compare=False)
+    """Where each key was written."""
 
 
 def load(
@@ -64,9 +66,9 @@ def load_one_of(
     overridden: list[str] = []
     for override in overrides:
         problems += _apply_override(override, values, places, overridden)
-    for field, value in (options or {}).items():
+    for option, value in (options or {}).items():
         if value is not None:
-            key = key_of(field)
+            key = key_of(option)
             _set(values, (key,), value, places, Place(option="--" + key.replace("_", "-")))
             overridden.append(key)
     given = [key for key in model.alternatives if key in overridden and values[key] is not None]
@@ -80,13 +82,23 @@ def load_one_of(
         raise error(name, problems)
     if folder is not None:
         recipe = relative_to(recipe, folder, places, ())
-    recipe._origin = Origin(None if source is None else name, tuple(overridden))
+    recipe._origin = Origin(None if source is None else name, tuple(overridden), places)
     return recipe
 
 
 def origin(recipe: Recipe) -> Origin:
     """Where `recipe` came from; one that was made in Python has no source."""
     return cast("Origin | None", recipe._origin) or Origin(None, ())
+
+
+def refused(recipe: Recipe, key: Key, message: str) -> GembError:
+    """The error for a value that only the run finds wrong, such as one that does not fit the model.
+
+    It tells file, line and key as the errors of `load` do.
+    """
+    known = origin(recipe)
+    problem = Problem(message, key, nearest(known.places, key))
+    return error(known.source or COMMAND_LINE, [problem])
 
 
 def _read(source: str | Path | None) -> tuple[str, str, Path | None]:

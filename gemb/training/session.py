@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 __all__ = ["MemoryPlanner", "Session", "load_encoder", "make_loss", "trained_parameters"]
 
 _TO_TEACHER = "to_teacher"
+_WITH_NEGATIVES = frozenset({"contrastive", "same_tower", "score_matching"})
+"""Terms for which the other examples of a batch are candidates that a query has to tell from its own."""
 _USUAL_CHUNK = {"cpu": 4096}
 _USUAL_CHUNK_ELSEWHERE = 32768
 _UNKNOWN_MEMORY = 4 * 2**30  # where nobody can tell what is free
@@ -126,11 +128,13 @@ class Session(RunSession[Setup, TrainableEncoder, TrainingBatch]):
             )
 
     def _about(self) -> str:
-        """How many negatives a query sees."""
+        """How many negatives a query sees; of a recipe whose terms use none, how many pairs a batch has."""
         members = self.setup.mixture.members
         pairs = sorted({member.pairs for member in members})
         own = max(one.negatives if member.prepared.with_negatives else 0
                   for one, member in zip(self.setup.data, members, strict=True))  # fmt: skip
+        if not any(term.name in _WITH_NEGATIVES for term in self.setup.recipe.losses):
+            return f"each batch has {' or '.join(f'{size:,}' for size in pairs)} pairs"
         shown = " or ".join(f"{size - 1:,}" for size in pairs)
         more = f" and up to {own} hard negatives of its own" if own else ""
         return f"each query has {shown} in-batch negatives{more}"

@@ -319,11 +319,48 @@ def test_score_matching_teaches_without_a_map(place: Path, tmp_path: Path) -> No
     assert values[-1] < values[0]
 
 
+@pytest.mark.parametrize("name", ["matching", "contrastive", "score_matching"])
+def test_in_batch_negatives_are_told_only_where_a_term_has_them(
+    place: Path, tmp_path: Path, name: str
+) -> None:
+    events: list[Event] = []
+    terms = "losses=[{name: matching, projection: true}" + (
+        "]" if name == "matching" else f", {{name: {name}}}]"
+    )
+    distilled(place, tmp_path / "out", terms, "steps=1", on_progress=events.append)
+    notes = [event.note for event in events]
+    told = [note for note in notes if note.startswith("each query has 7 in-batch negatives")]
+    assert len(told) == (name != "matching")
+    assert ("each batch has 8 pairs" in notes) is (name == "matching")
+
+
+def test_a_layer_that_the_model_does_not_have_is_told_where_it_was_written(
+    place: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "r.yaml"
+    student = "student:\n  from: BASE\n  keep_layers: [0, 9]\n".replace("BASE", str(place / "base"))
+    file.write_text(
+        student + RECIPE.removeprefix("model: ./base\n").replace("./teacher", str(place / "teacher"))
+        .replace("pairs.jsonl", str(place / "pairs.jsonl"))
+        .replace("held-out.jsonl", str(place / "held-out.jsonl")), "utf-8"
+    )  # fmt: skip
+    message = f"{place / 'base'} has no layer 9; keep_layers takes 0 to 3"
+    with pytest.raises(GembError) as caught:
+        run(load(file, DistillRecipe, (), {"output": tmp_path / "out"}))
+    assert str(caught.value) == f"{file}: 1 problem\n  line 3: student.keep_layers: {message}"
+    assert caught.value.exit_code == 2
+    changes = ["model=null", f"student={{from: {place / 'base'}, keep_layers: [0, 9]}}"]
+    with pytest.raises(GembError) as caught:
+        distilled(place, tmp_path / "out", *changes)
+    assert str(caught.value) == f"{place / 'r.yaml'}: 1 problem\n  student: {message}"
+
+
 def test_a_plan_tells_the_terms_and_leaves_nothing(place: Path, tmp_path: Path) -> None:
     found = plan(load(place / "r.yaml", DistillRecipe, (), {"output": tmp_path / "out"}))
     terms = found.data["terms"]
     assert isinstance(terms, dict)
     assert set(terms) == {"matching", "contrastive", "spread_out"}
+    assert found.title == f"would distil {place / 'base'} into {tmp_path / 'out'}"
     assert dict(found.rows)["teacher"] == f"{place / 'teacher'}, 96 wide"
     assert not any(tmp_path.iterdir())
 
@@ -436,6 +473,8 @@ def test_distillation_from_the_command_line(
     assert done.code == 0, done.err
     assert json.loads(done.out)["teacher"]["dims"] == 96
     assert (output / "model.safetensors").is_file()
+    done = gemb("distill", place / "r.yaml", "steps=3", "-o", output, "--overwrite", "--dry-run")
+    assert (done.code, "exists and will be replaced" in " ".join(done.out.split())) == (0, True)
     done = gemb("distill", place / "r.yaml", "teacher=null", "-o", tmp_path / "other")
     assert (done.code, done.err) == (
         2,
