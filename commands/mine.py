@@ -39,8 +39,8 @@ def mine(
     absolute_margin: Annotated[
         str | None, option(MineRecipe, "absolute_margin", metavar="<float>|none")
     ] = None,
-    min_score: Annotated[str | None, option(MineRecipe, "min_score", metavar="<float>|none")] = None,
-    max_score: Annotated[str | None, option(MineRecipe, "max_score", metavar="<float>|none")] = None,
+    min_score: Annotated[float | None, option(MineRecipe, "min_score")] = None,
+    max_score: Annotated[float | None, option(MineRecipe, "max_score")] = None,
     pick: Annotated[str | None, option(MineRecipe, "pick")] = None,
     seed: Annotated[int | None, option(MineRecipe, "seed")] = None,
     second: Annotated[str | None, option(MineRecipe, "second")] = None,
@@ -76,9 +76,9 @@ def mine(
     """
     from gemb.jobs import mine as job
 
-    limits = ("relative_margin", "absolute_margin", "min_score", "max_score")
+    margins = ("relative_margin", "absolute_margin")
     keys = {
-        key: _number(value) if key in limits else value for key, value in given(MineRecipe, locals()).items()
+        key: _number(value) if key in margins else value for key, value in given(MineRecipe, locals()).items()
     }
     keys["pairs"] = tuple(pairs) if pairs else None
     wanted = recipes.load(recipe, MineRecipe, set_ or (), keys)

@@ -86,9 +86,9 @@ class MineRecipe(ComputeRecipe):
     absolute_margin: float | None = Field(default=None, ge=0)
     """A negative scores below positive minus this; none turns it off."""
     min_score: float | None = None
-    """A negative scores at least this; none turns it off."""
+    """A negative scores at least this."""
     max_score: float | None = None
-    """A negative scores at most this; none turns it off."""
+    """A negative scores at most this."""
     pick: Pick = "top"
     """Of the passages that fit: top the closest, random a sample, last the least close."""
     seed: int = Field(default=42, ge=0)
@@ -120,7 +120,7 @@ class MineRecipe(ComputeRecipe):
     wait_lock: float = Field(default=0.0, ge=0)
     """Seconds to wait while another run holds the output."""
 
-    @field_validator("relative_margin", "absolute_margin", "min_score", "max_score", mode="before")
+    @field_validator("relative_margin", "absolute_margin", mode="before")
     @classmethod
     def _none_by_name(cls, value: object) -> object:
         """The word none says on the command line what null says in a file."""

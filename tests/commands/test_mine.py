@@ -26,7 +26,7 @@ def test_pairs_are_mined(gemb: Callable[..., Finished], tmp_path: Path) -> None:
     assert {text for row in mined for text in row["negative"]} == {positive for _, positive in texts}
 
 
-def test_a_limit_is_a_number_or_none(gemb: Callable[..., Finished], tmp_path: Path) -> None:
+def test_a_margin_is_a_number_or_none(gemb: Callable[..., Finished], tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text('{"query": "a cat", "positive": "a cat sits"}\n')
     words = ["mine", tmp_path / "pairs.jsonl", "-o", tmp_path / "mined.jsonl", "--threads", "1", "--dry-run"]
     done = gemb(*words, "--relative-margin", "none", "--max-score", "0.5")

@@ -633,7 +633,7 @@ def test_a_run_with_too_few_checkpoints_says_how_to_keep_them(models: Path, tmp_
         (
             "ab",
             {"data": ["nothing.jsonl"]},
-            UnavailableError,
+            GembError,
             "there is no nothing.jsonl to evaluate on; check the path",
         ),
     ],

@@ -572,12 +572,10 @@ def test_a_plan_of_very_many_rows_says_at_least(bench: Bench, monkeypatch: pytes
     assert dict(cut.rows)["passages"].startswith("at least ")
 
 
-def test_none_turns_a_limit_off_and_other_words_are_refused() -> None:
-    limits: dict[str, Any] = dict.fromkeys(
-        ("relative_margin", "absolute_margin", "min_score", "max_score"), "none"
-    )
-    recipe = MineRecipe(**limits)
-    assert [getattr(recipe, name) for name in limits] == [None] * 4
+def test_none_turns_a_margin_off_and_other_words_are_refused() -> None:
+    margins: dict[str, Any] = dict.fromkeys(("relative_margin", "absolute_margin"), "none")
+    recipe = MineRecipe(**margins)
+    assert [getattr(recipe, name) for name in margins] == [None, None]
     with pytest.raises(ValueError, match="valid number"):
         MineRecipe(relative_margin="off")  # type: ignore[arg-type]
 
