@@ -61,7 +61,7 @@ class LockedError(GembError):
 
 
 class UnavailableError(GembError):
-    """A model or data set cannot be had: offline, gated, not found."""
+    """A model, index or library set cannot be had: offline, gated, not found."""
 
     exit_code = Exit.UNAVAILABLE
 
