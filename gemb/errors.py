@@ -25,7 +25,7 @@ class Exit(IntEnum):
     LOCKED = 6
     """Another run holds the output."""
     UNAVAILABLE = 7
-    """Model or data are not available: offline, gated, not found."""
+    """A model, index or library is not available: offline, gated, not found, damaged."""
     GATE = 8
     """A quality gate failed."""
     INTERRUPTED = 130
@@ -61,7 +61,7 @@ class LockedError(GembError):
 
 
 class UnavailableError(GembError):
-    """A model, index or library set cannot be had: offline, gated, not found."""
+    """A model, index or library cannot be had: offline, gated, not found, damaged."""
 
     exit_code = Exit.UNAVAILABLE
 
